@@ -1,0 +1,1 @@
+"""The embedded model: config.json, model.safetensors and tokenizer.json, shipped as package data."""

@@ -1,0 +1,140 @@
+"""The one transformer that the engine and the trainer share.
+
+Shape legend: N sequences, R rows (token positions of one forward), d hidden size, H heads, K key/value heads,
+D head dimension, V vocabulary. Attention is a callback, so the cache layout is the caller's business and the
+weights' arithmetic is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fewstep.kernels.attention import attend
+from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.norm import rms_norm
+from fewstep.kernels.rope import apply_rope, rope_table
+
+# (layer index, q [N,R,H,D], k [N,R,K,D], v [N,R,K,D]) -> [N,R,H,D]
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with normalised queries and keys (Qwen3's arrangement)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attention: Attention
+    ) -> torch.Tensor:
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        out = attention(layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attention: Attention
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """A pre-norm decoder stack without a causal mask: who sees whom is the attention callback's rule."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Normalising the embedding (with q/k norms) trained 1.5-2.4x faster in probes of this model size.
+        self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        cos, sin = rope_table(config.head_dim, config.max_position_embeddings, config.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """Final-normed hidden states [N, R, d] of int64 tokens [N, R] at absolute positions [N, R]."""
+        x = self.embed_norm(self.embed_tokens(tokens))
+        cos = self.rope_cos[positions][:, :, None]  # type: ignore[index]
+        sin = self.rope_sin[positions][:, :, None]  # type: ignore[index]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, index, attention)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., d] to [..., V] with the tied head; the mask token gets -inf, it is never an answer."""
+        scores = F.linear(hidden, self.embed_tokens.weight)
+        scores[..., self.config.mask_token_id] = float("-inf")
+        return scores
+
+    def initialise(self, seed: int) -> None:
+        """Fresh weights from a generator of its own: normal(0, 0.02), output projections scaled by depth."""
+        generator = torch.Generator().manual_seed(seed)
+        depth_scale = (2 * len(self.layers)) ** -0.5
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() < 2:
+                    continue
+                std = 0.02 * (depth_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+                if not name.startswith("embed"):
+                    std = max(std, parameter.shape[1] ** -0.5 * (depth_scale if std < 0.02 else 1.0))
+                parameter.normal_(0.0, std, generator=generator)
+
+
+def masked_attention(visible: torch.Tensor) -> Attention:
+    """Attention over the rows of the forward itself, `visible` bool [N, R, R]; no cache (training)."""
+
+    def attention(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(q, k, v, visible)
+
+    return attention

@@ -1,0 +1,5 @@
+"""Rotary position embedding."""
+
+from fewstep.kernels.rope.reference import apply_rope, rope_table
+
+__all__ = ["apply_rope", "rope_table"]

@@ -1,0 +1,101 @@
+"""Rows: how sequences and their noisy states are laid out for one training forward.
+
+A sequence of one sample becomes its clean rows (copy 0) followed by any number of noisy states (copies 1, 2,
+...), each holding only the positions of its own blocks. `visibility` turns (positions, copies) into the mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAD_COPY = -1
+NO_TARGET = -1
+
+
+@dataclass
+class SampleRows:
+    """The rows of one sample, each array [R_sample]; build with `clean` and `add_state`.
+
+    targets: the token to be predicted at a row, NO_TARGET where nothing is.
+    weights: loss weight of the row (0 where there is no target).
+    extras: further per-row floats an objective asks for, such as `old_logprob` and `advantage`.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    copies: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    extras: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @classmethod
+    def clean(cls, tokens: NDArray[np.int64], extra_names: tuple[str, ...] = ()) -> SampleRows:
+        """Copy 0: the whole sequence from position 0, no targets."""
+        size = len(tokens)
+        return cls(
+            tokens=np.asarray(tokens, np.int64),
+            positions=np.arange(size, dtype=np.int64),
+            copies=np.zeros(size, np.int64),
+            targets=np.full(size, NO_TARGET, np.int64),
+            weights=np.zeros(size, np.float32),
+            extras={name: np.zeros(size, np.float32) for name in extra_names},
+        )
+
+    def add_state(
+        self,
+        tokens: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        targets: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        **extras: NDArray[np.float32],
+    ) -> None:
+        """Append one noisy state: whole blocks of rows that see earlier clean blocks and themselves."""
+        copy = int(self.copies.max()) + 1
+        self.tokens = np.concatenate((self.tokens, tokens))
+        self.positions = np.concatenate((self.positions, positions))
+        self.copies = np.concatenate((self.copies, np.full(len(tokens), copy, np.int64)))
+        self.targets = np.concatenate((self.targets, targets))
+        self.weights = np.concatenate((self.weights, weights.astype(np.float32)))
+        for name in self.extras:
+            self.extras[name] = np.concatenate((self.extras[name], extras[name].astype(np.float32)))
+
+
+@dataclass
+class RowBatch:
+    """A padded batch of samples, each array [N, R]; numpy, so that it crosses processes cheaply."""
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    copies: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    extras: dict[str, NDArray[np.float32]]
+
+    @property
+    def num_rows(self) -> int:
+        """Real rows, padding not counted."""
+        return int((self.copies != PAD_COPY).sum())
+
+    @classmethod
+    def collate(cls, samples: list[SampleRows], pad_token: int = 0) -> RowBatch:
+        """Pad samples to the longest."""
+        longest = max(len(sample.tokens) for sample in samples)
+
+        def pad(name: str, value: float, dtype: type) -> NDArray[np.float32] | NDArray[np.int64]:
+            out = np.full((len(samples), longest), value, dtype)
+            for row, sample in zip(out, samples, strict=True):
+                array = getattr(sample, name) if hasattr(sample, name) else sample.extras[name]
+                row[: len(array)] = array
+            return out
+
+        return cls(
+            tokens=pad("tokens", pad_token, np.int64),
+            positions=pad("positions", 0, np.int64),
+            copies=pad("copies", PAD_COPY, np.int64),
+            targets=pad("targets", NO_TARGET, np.int64),
+            weights=pad("weights", 0.0, np.float32),
+            extras={name: pad(name, 0.0, np.float32) for name in samples[0].extras},
+        )
