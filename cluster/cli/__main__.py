@@ -1,0 +1,161 @@
+"""`fewstep COMMAND [FILE.yaml] [key=value ...] [--key value ...] [--dry-run]`.
+
+Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 bad input (one line), 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from fewstep.cluster.commands import COMMANDS, Command
+from fewstep.platform.config import ConfigKey, config_keys, load_config, render_config
+from fewstep.platform.errors import ConfigError, UserError
+from fewstep.platform.registry import nearest
+
+_USAGE = "fewstep COMMAND [FILE.yaml] [key=value ...] [--key value ...] [--dry-run]"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its own mistakes reported like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("command line", message, _USAGE, f"see `{self.prog} --help`")
+
+
+class _Override(argparse.Action):
+    """`--key value` becomes one more override, in the order of the command line."""
+
+    def __init__(self, *args: Any, key: ConfigKey, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.key = key
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        kinds = {kind.strip() for kind in self.key.type.split("|")}
+        # A prompt or a path is taken as it is; `key=value` on the other hand is always YAML.
+        text = json.dumps(values, ensure_ascii=False) if kinds & {"str", "Path"} else values
+        namespace.overrides.append(f"{self.key.path}={text}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print("fewstep: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fewstep: interrupted", file=sys.stderr)
+        return 130
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
+    # Unwinds the stack, so that every session and temporary file is closed on the way out.
+    raise SystemExit(128 + signum)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"fewstep {version('fewstep')}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        hint = nearest(name, list(COMMANDS))
+        raise ConfigError("command", repr(name), ", ".join(COMMANDS), "choose one of them" + hint)
+    return _run(name, COMMANDS[name], rest)
+
+
+def _run(name: str, command: Command, argv: list[str]) -> int:
+    config_class = command.config_class()
+    keys = config_keys(config_class)
+    arguments, unknown = _parser(name, command, keys).parse_known_intermixed_args(
+        argv, argparse.Namespace(overrides=[])
+    )
+    for option in unknown:
+        known = ["--" + key.path.replace("_", "-") for key in keys]
+        hint = nearest(option.partition("=")[0], known)
+        raise ConfigError(
+            option, "an unknown option", f"see `fewstep {name} --help`", "check its spelling" + hint
+        )
+    files = [arguments.config] if arguments.config else []
+    overrides = list(arguments.overrides)
+    for item in arguments.items:
+        (overrides if "=" in item else files).append(item)
+    if len(files) > 1:
+        raise ConfigError("command line", " and ".join(files), "one configuration file", "name one of them")
+    config = load_config(config_class, Path(files[0]) if files else None, overrides)
+    if arguments.dry_run:
+        print(render_config(config), end="")
+        return 0
+    command.execute(config)
+    return 0
+
+
+def _parser(name: str, command: Command, keys: list[ConfigKey]) -> _Parser:
+    parser = _Parser(
+        prog=f"fewstep {name}",
+        usage=_USAGE.replace("COMMAND", name),
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog="Every key can be given in the file, as key=value (the value is YAML), or as --key value.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "items", nargs="*", metavar="FILE.yaml | key=value", help="configuration file and overrides"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="the configuration file, if its name has a `=` in it"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    group = parser.add_argument_group("keys")
+    for key in keys:
+        detail = " ".join(part for part in (key.description, f"[{key.type}; {key.default}]") if part)
+        shape: dict[str, Any] = {"nargs": "?", "const": "true"} if key.type == "bool" else {}
+        group.add_argument(
+            "--" + key.path.replace("_", "-"),
+            action=_Override,
+            key=key,
+            dest="overrides",
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=detail.replace("%", "%%"),
+            **shape,
+        )
+    return parser
+
+
+def _overview() -> str:
+    lines = [
+        f"usage: {_USAGE}",
+        "",
+        "Serve diffusion language models and train them to need fewer denoising steps.",
+        "",
+    ]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [
+        "",
+        "`fewstep COMMAND --help` lists the keys of a command; `--dry-run` prints what it would use.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The commands of `fewstep`: what each is called, its configuration class, and the function that does it.
+
+Everything is named by `module:attribute` and imported when a command is chosen; a configuration class lives in a
+module free of torch, Ray and MLflow, so that parsing and `--help` stay instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from fewstep.platform.config import Config
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the command line.
+
+    Attributes:
+        summary: one line for `fewstep --help`.
+        config: `module:Class`, a subclass of `Config`; imports no torch, Ray or MLflow.
+        run: `module:function`, called with one instance of that class.
+        ray: the job needs a Ray cluster, which is started for it and ends with it.
+    """
+
+    summary: str
+    config: str
+    run: str
+    ray: bool = False
+
+    def config_class(self) -> type[Config]:
+        """The configuration class, imported now."""
+        found: type[Config] = _attribute(self.config)
+        return found
+
+    def execute(self, config: Config) -> None:
+        """Runs the job to its end inside the session it needs."""
+        run: Callable[[Config], None] = _attribute(self.run)
+        with self._session(config):
+            run(config)
+
+    def _session(self, config: Config) -> AbstractContextManager[Any]:
+        if not self.ray:
+            return nullcontext()
+        # Here and not above: the module imports Ray.
+        from fewstep.cluster.session import ray_session
+
+        return ray_session()
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "the main job: measure, refine on policy, measure again, track, serve, ask",
+        "fewstep.cluster.demo:DemoConfig",
+        "fewstep.cluster.demo:run",
+    ),
+    "pretrain": Command(
+        "train a small block-diffusion model from scratch",
+        "fewstep.pipelines.pretrain:PretrainConfig",
+        "fewstep.pipelines.pretrain:run",
+    ),
+    "refine": Command(
+        "train a model, on its own rollouts, to need fewer denoising steps",
+        "fewstep.pipelines.refine:RefineConfig",
+        "fewstep.pipelines.refine:run",
+        ray=True,
+    ),
+    "evaluate": Command(
+        "measure a model's speed-quality frontier; prove the verifier on HumanEval",
+        "fewstep.pipelines.evaluate:EvaluateConfig",
+        "fewstep.pipelines.evaluate:run",
+        ray=True,
+    ),
+    "serve": Command(
+        "serve a model over the OpenAI wire format",
+        "fewstep.cluster.deploy:ServeConfig",
+        "fewstep.cluster.deploy:run",
+    ),
+    "generate": Command(
+        "continue one prompt and, if asked, show how the canvas was denoised",
+        "fewstep.cluster.generate:GenerateConfig",
+        "fewstep.cluster.generate:run",
+    ),
+}
+
+
+def _attribute(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,121 @@
+"""`fewstep generate`: one prompt, one answer, and how the canvas came to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from fewstep.platform.config import Config
+from fewstep.platform.records import DecodePolicy, Int16Array, Trajectory
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_MASK = "░"
+_LINE_BREAK = "⏎"
+
+
+class GenerateConfig(Config):
+    """What to continue, with which model, and what to show."""
+
+    model: str = ""
+    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
+    tracking_uri: str = ""
+    """MLflow store that a models:/ address is looked up in; empty = MLflow's own setting."""
+    prompt: str | None = None
+    """The text to continue; null = read standard input to its end."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Tokens of the answer at most."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these strings."""
+    show: Literal["text", "steps"] = "text"
+    """text = the answer; steps = also the film of the canvas, one line a forward, on standard error."""
+    policy: DecodePolicy = DecodePolicy()
+
+
+def run(config: GenerateConfig) -> None:
+    """Prints the answer on standard output; with `show=steps` the film and the counts on standard error.
+
+    Raises:
+        UserError: the model cannot be loaded, or the prompt cannot be continued.
+    """
+    # torch and the engine are imported here so that parsing and --help stay instant.
+    import torch
+
+    from fewstep.actors.engine.engine import Engine
+    from fewstep.actors.engine.request import Request
+    from fewstep.kernels.model.checkpoint import load_model, state_checksum
+    from fewstep.platform.records import WeightVersion
+
+    torch.set_num_threads(1)
+    folder = model_folder(config.model, config.tracking_uri)
+    model, tokenizer = load_model(folder)
+    prompt = sys.stdin.read() if config.prompt is None else config.prompt
+    version = WeightVersion("generate", 0, state_checksum(model.state_dict()))
+    engine = Engine(model, tokenizer, max_sequences=1, weight_version=version)
+    prompt_ids = tuple(tokenizer.encode(prompt).ids)
+    request = Request("generate", prompt_ids, config.policy, max_tokens=config.max_tokens, stop=config.stop)
+    trajectory = engine.generate([request])[0]
+    if config.show == "steps":
+        print(
+            film_strip(trajectory, token_texts(tokenizer, trajectory), model.config.block_size),
+            file=sys.stderr,
+        )
+    print(engine.text_of(trajectory))
+
+
+def model_folder(model: str, tracking_uri: str) -> Path:
+    """The local folder of a model given as a path, as models:/NAME@ALIAS, or as nothing (the embedded one)."""
+    if not model:
+        from fewstep.kernels.model.checkpoint import embedded_model
+
+        return embedded_model()
+    if model.startswith("models:/"):
+        from fewstep.platform.tracking import mlflow_model_folder
+
+        return mlflow_model_folder(model, tracking_uri)
+    return Path(model)
+
+
+def token_texts(tokenizer: Tokenizer, trajectory: Trajectory) -> list[str]:
+    """The text of each canvas position on its own, special tokens by name, line breaks as `⏎`."""
+    texts = (tokenizer.decode([int(token)], skip_special_tokens=False) for token in trajectory.canvas_ids)
+    return [text.replace("\n", _LINE_BREAK) or "·" for text in texts]
+
+
+def film_strip(trajectory: Trajectory, texts: Sequence[str], block_size: int) -> str:
+    """The canvas after every forward, block by block; what a forward wrote is in brackets, masks are `░`.
+
+    Args:
+        trajectory: canvas of N positions that starts at absolute position P, the prompt's length.
+        texts: text of each of the N positions.
+        block_size: positions per block; blocks are aligned at absolute position 0.
+    """
+    block_of = (len(trajectory.prompt_ids) + np.arange(len(texts))) // block_size
+    lines: list[str] = []
+    for block in np.unique(block_of):
+        positions = np.flatnonzero(block_of == block)
+        steps = trajectory.step_map[positions]
+        lines.append(f"block {block}, positions {positions[0]} to {positions[-1]}")
+        lines += [_frame(texts, positions, steps, int(step)) for step in np.unique(steps[steps >= 0])]
+    lines.append(
+        f"{trajectory.num_tokens} tokens in {trajectory.forwards} forwards: "
+        f"{trajectory.tokens_per_forward:.2f} tokens per forward ({trajectory.finish_reason})"
+    )
+    return "\n".join(lines)
+
+
+def _frame(texts: Sequence[str], positions: NDArray[np.intp], steps: Int16Array, step: int) -> str:
+    cells = []
+    for position, written in zip(positions, steps, strict=True):
+        if written < 0 or written > step:
+            cells.append(_MASK)
+        else:
+            cells.append(f"[{texts[position]}]" if written == step else texts[position])
+    return f"  {step + 1:>4} {''.join(cells)}"
