@@ -59,18 +59,19 @@ COMMANDS: dict[str, Command] = {
     ),
     "pretrain": Command(
         "train a small block-diffusion model from scratch",
-        "fewstep.pipelines.pretrain:PretrainConfig",
+        "fewstep.pipelines.settings:PretrainConfig",
         "fewstep.pipelines.pretrain:run",
+        ray=True,
     ),
     "refine": Command(
         "train a model, on its own rollouts, to need fewer denoising steps",
-        "fewstep.pipelines.refine:RefineConfig",
+        "fewstep.pipelines.settings:RefineConfig",
         "fewstep.pipelines.refine:run",
         ray=True,
     ),
     "evaluate": Command(
         "measure a model's speed-quality frontier; prove the verifier on HumanEval",
-        "fewstep.pipelines.evaluate:EvaluateConfig",
+        "fewstep.pipelines.settings:EvaluateConfig",
         "fewstep.pipelines.evaluate:run",
         ray=True,
     ),

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fewstep.platform.errors import CheckpointError
 
+Precision = Literal["fp32", "bf16"]
+
 
 class ModelConfig(BaseModel):
     """Sizes and special tokens. Field names are Hugging Face's where Hugging Face has one.

@@ -1,0 +1,274 @@
+"""Trainers: one Ray actor per rank, each holding a DeepSpeed engine over the shared transformer.
+
+`TrainerRank` is the plain class (usable in one process for debugging), `TrainerGroup` the driver's handle on
+all ranks. The loss is an *objective* plug-in, named by a dotted path, so this floor knows no job:
+
+    objective.loss(logprob [m], entropy [m], rows: RowTensors) -> (scalar loss, metrics)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from fewstep.actors.trainer_settings import TrainerSettings
+from fewstep.kernels.model.checkpoint import load_model
+from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.training import RowTensors, TrainingModel
+from fewstep.kernels.model.transformer import Transformer
+from fewstep.kernels.rows import RowBatch, SampleRows
+from fewstep.platform.errors import ActorDied
+from fewstep.platform.registry import resolve
+
+Metrics = dict[str, float]
+
+
+class Objective(Protocol):
+    """What a training update minimises; weights in `rows` are already normalised over the whole batch."""
+
+    def loss(
+        self, logprob: torch.Tensor, entropy: torch.Tensor, rows: RowTensors
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]: ...
+
+
+class TrainerRank:
+    """One rank: a DeepSpeed engine, its optimiser and the optional moving average.
+
+    Args:
+        config: the model's sizes.
+        initial: a model folder to start from, or an integer seed for fresh weights.
+        settings: see TrainerSettings.
+        objective: dotted path of an Objective factory, called with `options`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        initial: Path | int,
+        settings: TrainerSettings,
+        objective: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        torch.set_num_threads(1)
+        self._settings, self._block_size = settings, config.block_size
+        self._objective: Objective = resolve("objective", objective, {})(**options)
+        if isinstance(initial, int):
+            transformer = Transformer(config)
+            transformer.initialise(initial)
+        else:
+            transformer, _ = load_model(initial)
+        self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled)
+        self._ema = (
+            {n: p.detach().clone() for n, p in transformer.state_dict().items()} if settings.ema_decay else None
+        )
+        self._updates = 0
+
+    def connect(self, rank: int, address: str, port: int) -> None:
+        """Join the process group and build the DeepSpeed engine; every rank must call it at the same time."""
+        settings = self._settings
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(settings.num_ranks),
+            LOCAL_SIZE=str(settings.num_ranks),
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+        )
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # The shared-memory collective is compiled on first use (80 s, and a killed compile leaves a lock that hangs
+        # every later start); gloo's own all-reduce is as fast at these sizes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        optimizer = torch.optim.AdamW(
+            _decay_groups(self._model, settings.weight_decay), lr=0.0, betas=settings.betas, fused=True
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=self._model,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": settings.max_grad_norm,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": settings.zero_stage},
+                "steps_per_print": 10**9,
+            },
+        )
+
+    def update(self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None) -> Metrics:
+        """One optimiser step on this rank's share of a batch.
+
+        Args:
+            samples: rows whose weights are normalised over the batch of all ranks.
+            block_size: override of the model's own (the warm-up over block sizes).
+        Returns:
+            the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (this rank's, before clipping), `rows`, `targets`.
+        """
+        engine = self._engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        totals: Metrics = {"loss": 0.0, "rows": 0.0, "targets": 0.0}
+        batches = list(_micro_batches(samples, self._settings.micro_rows))
+        for index, batch in enumerate(batches):
+            engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            rows = RowTensors.of(batch)
+            logprob, entropy = engine(
+                rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
+                block_size or self._block_size,
+            )  # fmt: skip
+            loss, metrics = self._objective.loss(logprob, entropy, rows)
+            # Gradients are averaged over ranks, weights are normalised over all of them: undo the division.
+            engine.backward(loss * self._settings.num_ranks)
+            if index == len(batches) - 1:
+                totals["grad_norm"] = self._grad_norm()
+            engine.step()
+            totals["loss"] += float(loss.detach())
+            totals["rows"] += batch.num_rows
+            totals["targets"] += len(rows.targets)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        self._updates += 1
+        self._average()
+        return totals
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights to publish (the moving average if one is kept)."""
+        if self._ema is not None:
+            return {name: tensor.clone() for name, tensor in self._ema.items()}
+        return {n: p.detach().clone() for n, p in self._model.transformer.state_dict().items()}
+
+    def save(self, folder: Path) -> None:
+        """Write engine, optimiser and average below `folder` (collective: all ranks call it)."""
+        self._engine.save_checkpoint(
+            str(folder), tag="trainer", client_state={"fewstep": {"ema": self._ema, "updates": self._updates}}
+        )
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote (collective)."""
+        _, client = self._engine.load_checkpoint(str(folder), tag="trainer")
+        self._ema, self._updates = client["fewstep"]["ema"], client["fewstep"]["updates"]
+
+    def endpoint(self) -> tuple[str, int]:
+        """A free loopback port of this process's host, for the rendezvous."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return "127.0.0.1", probe.getsockname()[1]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def _grad_norm(self) -> float:
+        """Norm of this rank's gradient before clipping; DeepSpeed reports none for unsharded float32."""
+        norms = [p.grad.norm() for p in self._model.parameters() if p.grad is not None]
+        return float(torch.stack(norms).norm()) if norms else 0.0
+
+    def _average(self) -> None:
+        if self._ema is None or self._settings.ema_decay is None:
+            return
+        # Early on the average must forget the initial weights: (1 + n) / (10 + n) is the usual warm-up.
+        decay = min(self._settings.ema_decay, (1 + self._updates) / (10 + self._updates))
+        with torch.no_grad():
+            for name, parameter in self._model.transformer.state_dict().items():
+                self._ema[name].lerp_(parameter, 1 - decay)
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _micro_batches(samples: Sequence[SampleRows], micro_rows: int) -> list[RowBatch]:
+    """Samples sorted by length and cut where the padded size would pass `micro_rows`."""
+    ordered = sorted(samples, key=lambda sample: len(sample.tokens))
+    groups: list[list[SampleRows]] = [[]]
+    for sample in ordered:
+        if groups[-1] and (len(groups[-1]) + 1) * len(sample.tokens) > micro_rows:
+            groups.append([])
+        groups[-1].append(sample)
+    return [RowBatch.collate(group) for group in groups]
+
+
+class TrainerGroup:
+    """The driver's handle on all ranks; needs a running Ray session.
+
+    Raises:
+        ActorDied: from any call, when a rank's process is gone; carries Ray's account of the cause.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        initial: Path | int,
+        settings: TrainerSettings,
+        objective: str,
+        options: Mapping[str, Any] | None = None,
+        num_cpus: float = 1.0,
+    ) -> None:
+        import ray
+
+        self._ray, self.settings = ray, settings
+        actor = ray.remote(num_cpus=num_cpus, max_restarts=0)(TrainerRank)
+        self._ranks = [
+            actor.remote(config, initial, settings, objective, options or {}) for _ in range(settings.num_ranks)
+        ]
+        address, port = self._get([self._ranks[0].endpoint.remote()])[0]
+        self._get([rank.connect.remote(index, address, port) for index, rank in enumerate(self._ranks)])
+
+    def start_update(
+        self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None
+    ) -> list[Any]:
+        """Begin one optimiser step and return its pending results, for `finish_update`."""
+        shares = [samples[rank :: len(self._ranks)] for rank in range(len(self._ranks))]
+        return [
+            rank.update.remote(share, learning_rate, block_size)
+            for rank, share in zip(self._ranks, shares, strict=True)
+        ]
+
+    def finish_update(self, pending: list[Any]) -> Metrics:
+        """Metrics summed over ranks; grad_norm is rank 0's."""
+        parts: list[Metrics] = self._get(pending)
+        total = {name: float(np.sum([part.get(name, 0.0) for part in parts])) for name in parts[0]}
+        total["grad_norm"] = parts[0]["grad_norm"]
+        return total
+
+    def update(self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None) -> Metrics:
+        """One optimiser step, waited for."""
+        return self.finish_update(self.start_update(samples, learning_rate, block_size))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Rank 0's published weights."""
+        state: dict[str, torch.Tensor] = self._get([self._ranks[0].state.remote()])[0]
+        return state
+
+    def save(self, folder: Path) -> None:
+        self._get([rank.save.remote(folder) for rank in self._ranks])
+
+    def load(self, folder: Path) -> None:
+        self._get([rank.load.remote(folder) for rank in self._ranks])
+
+    def pids(self) -> list[int]:
+        return list(self._get([rank.pid.remote() for rank in self._ranks]))
+
+    def close(self) -> None:
+        """End all ranks; they hold nothing that is not saved or published."""
+        for rank in self._ranks:
+            with contextlib.suppress(Exception):
+                self._ray.kill(rank)
+
+    def _get(self, references: list[Any]) -> list[Any]:
+        try:
+            return list(self._ray.get(references))
+        except self._ray.exceptions.RayActorError as error:
+            raise ActorDied("trainer rank", str(error)) from error

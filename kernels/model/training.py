@@ -1,0 +1,93 @@
+"""The transformer as a training module: rows in, log-probabilities of the targets out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fewstep.kernels.attention import attend, visibility
+from fewstep.kernels.loss import target_logprobs
+from fewstep.kernels.model.config import Precision
+from fewstep.kernels.model.transformer import Attention, Transformer
+from fewstep.kernels.rows import NO_TARGET, RowBatch
+
+
+@dataclass(frozen=True)
+class RowTensors:
+    """A RowBatch on the device, with its target rows picked out (m of them, in row order)."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    copies: torch.Tensor
+    target_rows: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    extras: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, batch: RowBatch) -> RowTensors:
+        targets = torch.from_numpy(batch.targets).flatten()
+        rows = (targets != NO_TARGET).nonzero().squeeze(1)
+        return cls(
+            tokens=torch.from_numpy(batch.tokens),
+            positions=torch.from_numpy(batch.positions),
+            copies=torch.from_numpy(batch.copies),
+            target_rows=rows,
+            targets=targets[rows],
+            weights=torch.from_numpy(batch.weights).flatten()[rows],
+            extras={name: torch.from_numpy(array).flatten()[rows] for name, array in batch.extras.items()},
+        )
+
+
+class TrainingModel(nn.Module):
+    """Wraps a Transformer; forward gives (logprob [m], entropy [m]) of the target rows.
+
+    Args:
+        precision: `bf16` runs the matrix products in bfloat16 over float32 weights.
+        compiled: run through torch.compile; one compilation serves every batch shape.
+    """
+
+    def __init__(self, transformer: Transformer, precision: Precision = "fp32", compiled: bool = False) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.precision = precision
+        # 32 samples of 190 rows, 0.86 M parameters, one core with AMX: eager fp32 600 ms, compiled bf16 275 ms.
+        self._run = torch.compile(self._logprobs, dynamic=True) if compiled else self._logprobs
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        copies: torch.Tensor,
+        target_rows: torch.Tensor,
+        targets: torch.Tensor,
+        block_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        visible = visibility(positions, copies, block_size)
+        return self._run(tokens, positions, visible, target_rows, targets)  # type: ignore[no-any-return]
+
+    def _logprobs(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+        target_rows: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            hidden = self.transformer(tokens, positions, _float32_attention(visible))
+            logits = self.transformer.logits(hidden.flatten(0, 1)[target_rows])
+        return target_logprobs(logits, targets)
+
+
+def _float32_attention(visible: torch.Tensor) -> Attention:
+    """Masked attention in float32 whatever the autocast: the CPU's bf16 flash kernel with a mask took 60 ms where
+    float32 took 20 ms (32 sequences of 190 rows, 4 heads of 32, one core)."""
+
+    def attention(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), visible)
+
+    return attention

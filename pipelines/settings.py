@@ -1,0 +1,72 @@
+"""Configuration of the jobs on this floor; free of torch and Ray, so that the command line reads it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from fewstep.actors.trainer_settings import TrainerSettings
+from fewstep.platform.config import Config
+
+
+class ModelSize(Config):
+    """Sizes of a fresh model; the vocabulary comes with the tokenizer."""
+
+    hidden_size: int = Field(default=128, ge=8)
+    num_hidden_layers: int = Field(default=4, ge=1)
+    num_attention_heads: int = Field(default=4, ge=1)
+    num_key_value_heads: int = Field(default=4, ge=1)
+    intermediate_size: int = Field(default=352, ge=8)
+    max_position_embeddings: int = Field(default=512, ge=32)
+    block_size: int = Field(default=16, ge=1)
+
+
+class Phase(Config):
+    """A stretch of training at one block size (warm-up over block sizes, LLaDA2.0, 2512.15745)."""
+
+    block_size: int = Field(ge=1)
+    share: float = Field(gt=0.0, le=1.0)
+    """Share of all steps."""
+
+
+class PretrainConfig(Config):
+    """The two-stage curriculum from scratch: masks first, edits added for the last share of the steps."""
+
+    out: Path = Path("runs/pretrain")
+    """Run folder: the model, checkpoints, metrics and the resolved configuration."""
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(default=7000, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per step, over all ranks."""
+    learning_rate: float = Field(default=2.5e-3, gt=0.0)
+    warmup_steps: int = Field(default=100, ge=0)
+    decay_share: float = Field(default=0.35, ge=0.0, le=1.0)
+    """The rate falls linearly to zero over this last share of the steps."""
+    min_mask_rate: float = Field(default=0.1, ge=0.0, lt=1.0)
+    complementary: bool = True
+    """Every masked state is followed by the state that masks the other positions."""
+    edit_share: float = Field(default=0.2, ge=0.0, le=1.0)
+    """An edited state per sample is added for this last share of the steps."""
+    phases: tuple[Phase, ...] = (
+        Phase(block_size=1, share=0.3),
+        Phase(block_size=2, share=0.05),
+        Phase(block_size=4, share=0.08),
+        Phase(block_size=8, share=0.12),
+        Phase(block_size=16, share=0.45),
+    )
+    checkpoint_every: int = Field(default=500, ge=1)
+    resume: bool = True
+    """Go on from the newest checkpoint in `out`; the configuration must be the same."""
+    tracking_uri: str | None = None
+    """MLflow store; None = a sqlite file in `out`."""
+    model: ModelSize = ModelSize()
+    trainer: TrainerSettings = TrainerSettings(precision="bf16", compiled=True, weight_decay=0.01, ema_decay=0.998, micro_rows=4096)
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> PretrainConfig:
+        if abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
+            raise ValueError("the shares of phases must add up to 1")
+        if self.phases[-1].block_size != self.model.block_size:
+            raise ValueError(f"the last phase must train at the model's block_size {self.model.block_size}")
+        return self
