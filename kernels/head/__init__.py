@@ -1,0 +1,5 @@
+"""The language-model head for masked rows only."""
+
+from fewstep.kernels.head.reference import head_statistics
+
+__all__ = ["head_statistics"]
