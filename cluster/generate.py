@@ -45,7 +45,8 @@ def run(config: GenerateConfig) -> None:
     Raises:
         UserError: the model cannot be loaded, or the prompt cannot be continued.
     """
-    # torch and the engine are imported here so that parsing and --help stay instant.
+    prompt = sys.stdin.read() if config.prompt is None else config.prompt
+    # Here and not above: parsing and --help stay instant without torch.
     import torch
 
     from fewstep.actors.engine.engine import Engine
@@ -56,7 +57,6 @@ def run(config: GenerateConfig) -> None:
     torch.set_num_threads(1)
     folder = model_folder(config.model, config.tracking_uri)
     model, tokenizer = load_model(folder)
-    prompt = sys.stdin.read() if config.prompt is None else config.prompt
     version = WeightVersion("generate", 0, state_checksum(model.state_dict()))
     engine = Engine(model, tokenizer, max_sequences=1, weight_version=version)
     prompt_ids = tuple(tokenizer.encode(prompt).ids)

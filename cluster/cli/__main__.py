@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Override(argparse.Action):
-    """`--key value` becomes one more override, in the order of the command line."""
+    """`--key value` becomes one more override, applied after every `key=value`."""
 
     def __init__(self, *args: Any, key: ConfigKey, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -96,9 +96,8 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
             option, "an unknown option", f"see `fewstep {name} --help`", "check its spelling" + hint
         )
     files = [arguments.config] if arguments.config else []
-    overrides = list(arguments.overrides)
-    for item in arguments.items:
-        (overrides if "=" in item else files).append(item)
+    files += [item for item in arguments.items if "=" not in item]
+    overrides = [item for item in arguments.items if "=" in item] + arguments.overrides
     if len(files) > 1:
         raise ConfigError("command line", " and ".join(files), "one configuration file", "name one of them")
     config = load_config(config_class, Path(files[0]) if files else None, overrides)
@@ -114,7 +113,7 @@ def _parser(name: str, command: Command, keys: list[ConfigKey]) -> _Parser:
         prog=f"fewstep {name}",
         usage=_USAGE.replace("COMMAND", name),
         description=command.summary[0].upper() + command.summary[1:] + ".",
-        epilog="Every key can be given in the file, as key=value (the value is YAML), or as --key value.",
+        epilog="Every key can be given in the file, as key=value (the value is YAML), or as --key value; the last form wins.",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
