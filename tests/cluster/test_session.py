@@ -1,0 +1,171 @@
+"""The Ray session: what it refuses, what it hands down, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from fewstep.cluster import session as session_module
+from fewstep.cluster.session import WORKER_ENV, free_resources, ray_session, require_resources
+from fewstep.platform.errors import ResourceError
+
+
+def test_local_resources_are_checked_before_anything_starts() -> None:
+    started = time.monotonic()
+    with (
+        pytest.raises(ResourceError, match=r"CPU: got 3 asked for; allowed: at most 2 "),
+        ray_session(2, need={"CPU": 3}),
+    ):
+        pytest.fail("the block must not run")
+    assert time.monotonic() - started < 2  # a Ray start takes longer
+
+
+def test_num_cpus_of_a_joined_cluster_is_refused() -> None:
+    with pytest.raises(ResourceError, match="num_cpus"), ray_session(2, address="127.0.0.1:1"):
+        pytest.fail("the block must not run")
+
+
+def test_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_A", "old")
+    monkeypatch.delenv("FEWSTEP_B", raising=False)
+    with session_module._environment({"FEWSTEP_A": "new", "FEWSTEP_B": "new"}):
+        assert os.environ["FEWSTEP_A"] == os.environ["FEWSTEP_B"] == "new"
+    assert os.environ["FEWSTEP_A"] == "old"
+    assert "FEWSTEP_B" not in os.environ
+
+
+def test_a_users_auth_mode_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert session_module._own_token(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stubborn_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_GRACE_S", 0.2)
+    stubborn = subprocess.Popen(["sleep", "60"])
+    tree = session_module._tree({stubborn.pid})
+    assert set(tree) == {stubborn.pid}
+    session_module._end(tree)
+    assert stubborn.wait(5) == -signal.SIGKILL
+
+
+def test_a_reused_pid_is_not_killed() -> None:
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        session_module._end({bystander.pid: "1"})
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@pytest.mark.ray
+def test_a_session_from_start_to_end() -> None:
+    import ray  # imported first on purpose: the token must reach an already loaded Ray
+
+    @ray.remote(num_cpus=1)
+    def look() -> dict[str, str]:
+        return dict(os.environ)
+
+    before = set(session_module._children(os.getpid()))
+    with ray_session(2, need={"CPU": 2}) as session:
+        started = session_module._tree(set(session_module._children(os.getpid())) - before)
+        folder = session.log_folder.parents[1]
+        assert (folder / "token").stat().st_mode & 0o777 == 0o600
+        seen = ray.get(look.remote())
+        assert {name: seen[name] for name in WORKER_ENV} == WORKER_ENV
+        assert seen["RAY_AUTH_MODE"] == "token"
+        assert free_resources()["CPU"] <= 2
+        with pytest.raises(ResourceError, match="at most"):
+            require_resources({"CPU": 3})
+        with pytest.raises(ResourceError, match="already open"), ray_session(2):
+            pytest.fail("the block must not run")
+        _assert_token_is_demanded(session.address)
+    assert len(started) >= 4
+    assert session_module._alive(started) == []
+    assert not folder.exists()
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+
+def _assert_token_is_demanded(address: str) -> None:
+    script = (
+        f"from ray._raylet import GcsClient; GcsClient(address={address!r}).internal_kv_keys(b'', None, 5)"
+    )
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
+    stranger = subprocess.run(
+        [sys.executable, "-c", script],
+        env=bare | {"RAY_gcs_server_request_timeout_seconds": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert stranger.returncode != 0
+    assert "token" in stranger.stderr.lower()
+
+
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+DRIVER = textwrap.dedent(
+    """
+    import ray, sys, time
+    from fewstep.cluster.session import ray_session
+    with ray_session(1) as session:
+        print(session.log_folder, flush=True)
+        time.sleep(60)
+    """
+)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_nothing_outlives_a_signalled_driver(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_GRACE_S", 0.0)
+    command = [sys.executable, "-c", DRIVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
+        assert driver.stdout is not None
+        logs = Path(driver.stdout.readline().strip())
+        started = session_module._tree({driver.pid})
+        assert len(started) >= 5
+        driver.send_signal(number)
+        assert driver.wait(30) == code
+    agents = {p for p in started if _command(p).startswith(AGENTS)} if number == signal.SIGKILL else set()
+    must_end = {pid: start for pid, start in started.items() if pid not in agents}
+    deadline = time.monotonic() + 10
+    while session_module._alive(must_end) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert session_module._alive(must_end) == []
+    if number == signal.SIGKILL:
+        shutil.rmtree(logs.parents[1])
+        session_module._end(
+            {pid: started[pid] for pid in agents}
+        )  # Ray gives them a minute; the test does not
+    else:
+        assert not logs.parents[1].exists()
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:99999"])
+def test_an_unreachable_cluster_is_one_clear_line_soon(address: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=f"ray address {address}") as caught, ray_session(address=address):
+        pytest.fail("the block must not run")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 8
