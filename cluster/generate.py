@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fewstep.pipelines.models import DEMO_TRACKING_URI, model_folder
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy, Int16Array, Trajectory
 
@@ -26,8 +26,8 @@ class GenerateConfig(Config):
 
     model: str = ""
     """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
-    tracking_uri: str = ""
-    """MLflow store that a models:/ address is looked up in; empty = MLflow's own setting."""
+    tracking_uri: str = DEMO_TRACKING_URI
+    """The MLflow store that a models:/ address is looked up in."""
     prompt: str | None = None
     """The text to continue; null = read standard input to its end."""
     max_tokens: int = Field(default=256, ge=1)
@@ -68,19 +68,6 @@ def run(config: GenerateConfig) -> None:
             file=sys.stderr,
         )
     print(engine.text_of(trajectory))
-
-
-def model_folder(model: str, tracking_uri: str) -> Path:
-    """The local folder of a model given as a path, as models:/NAME@ALIAS, or as nothing (the embedded one)."""
-    if not model:
-        from fewstep.kernels.model.checkpoint import embedded_model
-
-        return embedded_model()
-    if model.startswith("models:/"):
-        from fewstep.platform.tracking import mlflow_model_folder
-
-        return mlflow_model_folder(model, tracking_uri)
-    return Path(model)
 
 
 def token_texts(tokenizer: Tokenizer, trajectory: Trajectory) -> list[str]:

@@ -25,7 +25,7 @@ ALLOWED = {
     "uvicorn": ("actors/serving", "cluster"),
     "openai": ("actors/serving", "cluster"),
     "httpx": ("actors/serving", "cluster"),
-    "mlflow": ("platform/tracking", "pipelines/pyfunc", "cluster"),
+    "mlflow": ("platform", "pipelines/pyfunc", "cluster"),
     "matplotlib": ("pipelines", "cluster"),
 }
 # Ray-free islands on the actors' floor: the engine and the sandbox are used and tested without a cluster.
