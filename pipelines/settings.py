@@ -70,3 +70,68 @@ class PretrainConfig(Config):
         if self.phases[-1].block_size != self.model.block_size:
             raise ValueError(f"the last phase must train at the model's block_size {self.model.block_size}")
         return self
+
+
+class Curriculum(Config):
+    """The sampler's threshold falls while the rollouts keep passing, and rises again when they do not."""
+
+    start: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Threshold of the first step's rollouts."""
+    end: float = Field(default=0.3, gt=0.0, le=1.0)
+    """The threshold never falls below this."""
+    step: float = Field(default=0.02, ge=0.0, lt=1.0)
+    """How far it moves after a training step; 0 = fixed at `start`."""
+    pass_rate: float = Field(default=0.9, ge=0.0, le=1.0)
+    """Smoothed share of passed rollouts from which on the threshold falls."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Curriculum:
+        if self.end > self.start:
+            raise ValueError("end must not be above start")
+        return self
+
+
+class RefineConfig(Config):
+    """On-policy refinement: the model trains on its own verified trajectories to need fewer steps."""
+
+    model: Path | None = None
+    """Model folder to start from; None = the embedded model."""
+    out: Path = Path("runs/refine")
+    """Run folder: model, checkpoint, rollouts, report, figures and the resolved configuration."""
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(default=100, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0.0)
+    """Stop refining after this long even if steps are left; None = no limit."""
+    objective: str = "distill"
+    """`distill`, `seed`, or a dotted path package.module:Class."""
+    objective_options: dict[str, float | int | str] = Field(default_factory=dict)
+    """Keyword arguments of the objective."""
+    prompts_per_step: int = Field(default=48, ge=1)
+    group_size: int = Field(default=4, ge=1)
+    """Rollouts per prompt."""
+    temperature: float = Field(default=0.6, ge=0.0, le=2.0)
+    """Of the rollouts."""
+    max_tokens: int = Field(default=80, ge=1)
+    """Completion budget of rollouts and measurements; the longest right answer of the family has 63 tokens."""
+    curriculum: Curriculum = Curriculum()
+    learning_rate: float = Field(default=5e-4, gt=0.0)
+    warmup_steps: int = Field(default=5, ge=0)
+    decay_share: float = Field(default=0.3, ge=0.0, le=1.0)
+    """The rate falls linearly to a tenth over this last share of the run (of steps or seconds, whichever ends it)."""
+    updates_per_step: int = Field(default=2, ge=1)
+    """Optimiser steps per batch of rollouts; each sees its own part of the groups."""
+    num_replicas: int = Field(default=2, ge=1)
+    num_verifiers: int = Field(default=2, ge=1)
+    max_sequences: int = Field(default=48, ge=1)
+    """Requests that share a forward in one replica."""
+    trainer: TrainerSettings = TrainerSettings(num_ranks=2, precision="bf16", micro_rows=4096)
+    num_eval_tasks: int = Field(default=500, ge=1)
+    """Distinct held-out specifications the frontier is measured on, before and after."""
+    checkpoint_every: int = Field(default=20, ge=1)
+    resume: bool = True
+    """Go on from the checkpoint in `out`; the configuration must be the same."""
+    tracking_uri: str | None = None
+    """MLflow store; None = a sqlite file in `out`."""
+    experiment: str = "fewstep"
+    register_as: str = "fewstep-tiny"
+    """Name in the model registry; the refined model gets the alias `champion`."""

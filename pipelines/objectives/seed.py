@@ -1,0 +1,81 @@
+"""The on-policy objective of Seed Diffusion (2508.02193, eq. 10 and 11), made stable.
+
+    R = V · (1 + w · (c_max - c) / (c_max - c_min)),   A = R - mean of the group
+
+V is the verifier's verdict, c the edit-distance surrogate of the trajectory's length inside the group, w rises
+linearly over the first part of training. Speed pays only where the answer is right: an additive reward collapses
+to opening everything at once (2512.09106). The gradient is the clipped ratio on the recorded steps (TraceRL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from fewstep.kernels.model.training import RowTensors
+from fewstep.pipelines.estimators import Estimator, TrajectoryEstimator
+from fewstep.pipelines.objectives.credit import Credit, adjacent_surrogate, pairwise_surrogate
+from fewstep.platform.records import Rollout
+
+_SURROGATES = {"pairwise": pairwise_surrogate, "adjacent": adjacent_surrogate}
+_MAX_LOG_RATIO = 10.0
+
+
+class Seed:
+    """Clipped policy gradient with a verifier-gated, progressive speed reward.
+
+    Args:
+        speed_weight: final w.
+        ramp: share of training over which w rises from 0.
+        surrogate: `pairwise` (eq. 11, logarithmic in the steps) or `adjacent` (linear).
+        clip: ε of the ratio's clip; 0.2 is usual.
+        max_states: recorded states per rollout that are trained on.
+    """
+
+    def __init__(
+        self,
+        speed_weight: float = 1.0,
+        ramp: float = 0.2,
+        surrogate: Literal["pairwise", "adjacent"] = "pairwise",
+        clip: float = 0.2,
+        max_states: int = 4,
+    ) -> None:
+        self.speed_weight, self.ramp, self.clip, self.max_states = speed_weight, ramp, clip, max_states
+        self._surrogate = _SURROGATES[surrogate]
+
+    def estimator(self) -> Estimator:
+        return TrajectoryEstimator(self.max_states)
+
+    def credit(self, group: Sequence[Rollout], progress: float) -> list[Credit]:
+        """Group-relative advantages; a group whose rewards are all equal teaches nothing and weighs nothing."""
+        speed_weight = self.speed_weight * min(1.0, progress / self.ramp if self.ramp else 1.0)
+        costs = [self._surrogate(rollout) for rollout in group]
+        low, high = min(costs), max(costs)
+        rewards = [
+            float(rollout.verdict.passed) * (1.0 + speed_weight * (high - cost) / (high - low or 1.0))
+            for rollout, cost in zip(group, costs, strict=True)
+        ]
+        mean = sum(rewards) / len(rewards)
+        flat = max(rewards) - min(rewards) < 1e-9
+        return [
+            Credit(rollout, reward, reward - mean, 0.0 if flat else 1.0)
+            for rollout, reward in zip(group, rewards, strict=True)
+        ]
+
+    def loss(
+        self, logprob: torch.Tensor, entropy: torch.Tensor, rows: RowTensors
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        advantage = rows.extras["advantage"]
+        log_ratio = (logprob - rows.extras["old_logprob"]).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)
+        surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+        loss = -(rows.weights * surrogate).sum()
+        outside = (ratio - clipped).abs() > 0
+        return loss, {
+            "clipped_sum": outside.float().sum().detach(),
+            "mismatch_sum": log_ratio.abs().sum().detach(),
+            "entropy_sum": entropy.detach().sum(),
+        }

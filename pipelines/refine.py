@@ -1,0 +1,295 @@
+"""`fewstep refine`: the on-policy loop, on one screen.
+
+    roll out with the deployed sampler → verify in the sandbox → credit → update → push the weights
+
+Everything a step needs is keyed by (run seed, step, prompt, sample), so a run that resumes at a checkpoint sees
+the prompts and random numbers it would have seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+from fewstep.actors.engine.request import Request
+from fewstep.actors.trainer import Metrics
+from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.rows import SampleRows
+from fewstep.pipelines.estimators import clean_rows
+from fewstep.pipelines.objectives.credit import Credit, RefineObjective
+from fewstep.pipelines.settings import RefineConfig
+from fewstep.pipelines.tasks.family import draw_specification
+from fewstep.platform.records import DecodePolicy, Rollout, Task, Trajectory, Verdict, WeightVersion
+from fewstep.platform.rng import derive_seed, generator
+from fewstep.platform.tracking import Tracker
+from fewstep.platform.trajectories import write_rollouts
+
+PASS_RATE_MEMORY = 0.8  # of the moving pass rate, per step
+
+
+class Trainer(Protocol):
+    """What the loop asks of the trainer ranks (actors/trainer.py)."""
+
+    def update(self, samples: Sequence[SampleRows], learning_rate: float) -> Metrics: ...
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The loop's hands: Ray pools in a real run, one process's engine and sandbox in a debugger."""
+
+    generate: Callable[[Sequence[Request]], list[Trajectory]]
+    verify: Callable[[Sequence[tuple[Task, str]]], list[Verdict]]
+    trainer: Trainer
+    push: Callable[[Mapping[str, torch.Tensor], WeightVersion], Mapping[str, float]]
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs beside the trainer's own checkpoint."""
+
+    step: int = 0
+    threshold: float = 0.9
+    pass_rate: float = 0.0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def refine(
+    config: RefineConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    objective: RefineObjective,
+    workers: Workers,
+    tracker: Tracker,
+    progress: Progress,
+    checkpoint: Callable[[Progress], None],
+) -> Progress:
+    """Run training steps until `config.steps` or `config.max_seconds`; returns the final progress."""
+    started = time.monotonic() - progress.seconds
+    while progress.step < config.steps and (config.max_seconds or 1e18) > progress.seconds:
+        clock = _Clock()
+        done = share_done(config, progress)
+        policy = rollout_policy(config, progress.threshold)
+        tasks = draw_tasks(config.seed, progress.step, config.prompts_per_step)
+        trajectories = workers.generate(make_requests(config, tokenizer, tasks, policy, progress.step))
+        clock.lap("perf/generate_seconds")
+        texts = [completion_text(tokenizer, model, trajectory) for trajectory in trajectories]
+        jobs = [(tasks[i // config.group_size], text) for i, text in enumerate(texts)]
+        verdicts = workers.verify(jobs)
+        clock.lap("perf/verify_seconds")
+        credits = give_credit(config, objective, jobs, trajectories, verdicts, done)
+        write_rollouts(
+            config.out / "rollouts" / f"step_{progress.step:05d}.parquet",
+            [replace(c.rollout, reward=c.reward, advantage=c.advantage) for c in credits],
+            {"step": progress.step, "threshold": progress.threshold},
+        )
+        metrics = train(config, model, objective, workers.trainer, credits, progress.step, done)
+        clock.lap("perf/train_seconds")
+        version = WeightVersion(tracker.run_id, progress.step + 1, "")
+        metrics |= workers.push(workers.trainer.state(), version)
+        clock.lap("perf/push_seconds")
+        metrics |= rollout_metrics(credits) | clock.laps | {"rollout/threshold": progress.threshold}
+        advance(config, progress, metrics, time.monotonic() - started)
+        tracker.log_metrics(metrics, progress.step)
+        report_step(config, progress, metrics)
+        if progress.step % config.checkpoint_every == 0:
+            checkpoint(progress)
+    return progress
+
+
+def share_done(config: RefineConfig, progress: Progress) -> float:
+    """Share of the run that lies behind, by steps or by seconds, whichever ends it first."""
+    by_time = progress.seconds / config.max_seconds if config.max_seconds else 0.0
+    return min(1.0, max(progress.step / config.steps, by_time))
+
+
+def rollout_policy(config: RefineConfig, threshold: float) -> DecodePolicy:
+    """The deployed sampler at the curriculum's threshold."""
+    return DecodePolicy(kind="threshold", threshold=round(threshold, 6), temperature=config.temperature)
+
+
+def draw_tasks(seed: int, step: int, count: int) -> list[Task]:
+    """Distinct checkable tasks of the training side, keyed by (seed, step)."""
+    draws = generator("refine-tasks", seed, step)
+    chosen: dict[str, Task] = {}
+    while len(chosen) < count:
+        specification = draw_specification(draws)
+        if not specification.held_out and specification.text not in chosen and specification.is_checkable():
+            chosen[specification.text] = specification.task()
+    return list(chosen.values())
+
+
+def make_requests(
+    config: RefineConfig, tokenizer: Tokenizer, tasks: Sequence[Task], policy: DecodePolicy, step: int
+) -> list[Request]:
+    """group_size requests per task, in task order, each with a seed of its own."""
+    requests = []
+    for prompt, task in enumerate(tasks):
+        ids = tuple(tokenizer.encode(task.prompt).ids)
+        for sample in range(config.group_size):
+            seed = derive_seed("rollout", config.seed, step, prompt, sample)
+            own = policy.model_copy(update={"seed": seed})
+            requests.append(Request(f"{step}-{prompt}-{sample}", ids, own, config.max_tokens))
+    return requests
+
+
+def completion_text(tokenizer: Tokenizer, model: ModelConfig, trajectory: Trajectory) -> str:
+    """The completion as text, without its end of sequence."""
+    ids = trajectory.completion_ids.tolist()
+    return str(tokenizer.decode(ids[:-1] if ids and ids[-1] == model.eos_token_id else ids))
+
+
+def give_credit(
+    config: RefineConfig,
+    objective: RefineObjective,
+    jobs: Sequence[tuple[Task, str]],
+    trajectories: Sequence[Trajectory],
+    verdicts: Sequence[Verdict],
+    done: float,
+) -> list[Credit]:
+    """The objective's credits, group by group, in request order."""
+    credits: list[Credit] = []
+    for start in range(0, len(jobs), config.group_size):
+        group = [
+            Rollout(
+                task_id=jobs[i][0].task_id,
+                group_id=start // config.group_size,
+                sample=i - start,
+                text=jobs[i][1],
+                trajectory=trajectories[i],
+                verdict=verdicts[i],
+                reward=0.0,
+            )
+            for i in range(start, start + config.group_size)
+        ]
+        credits += objective.credit(group, done)
+    return credits
+
+
+def train(
+    config: RefineConfig,
+    model: ModelConfig,
+    objective: RefineObjective,
+    trainer: Trainer,
+    credits: Sequence[Credit],
+    step: int,
+    done: float,
+) -> Metrics:
+    """The step's optimiser updates; each takes every `updates_per_step`-th group."""
+    rate = learning_rate(config, step, done)
+    totals: Metrics = {"train/learning_rate": rate}
+    for part in range(config.updates_per_step):
+        own = [c for c in credits if c.rollout.group_id % config.updates_per_step == part and c.weight > 0]
+        samples = list(training_rows(config, model, objective, own, step))
+        # Every rank needs a share; fewer samples than ranks come only from a step in which nothing passed.
+        if len(samples) < config.trainer.num_ranks:
+            continue
+        for name, value in trainer.update(samples, rate).items():
+            totals[f"train/{name}"] = totals.get(f"train/{name}", 0.0) + value
+    return per_target(totals)
+
+
+def training_rows(
+    config: RefineConfig, model: ModelConfig, objective: RefineObjective, credits: Sequence[Credit], step: int
+) -> Iterator[SampleRows]:
+    """Rows of the credited rollouts, weights normalised by the tokens all of them committed."""
+    estimator = objective.estimator()
+    total = sum(c.weight * len(c.rollout.trajectory.canvas_ids) for c in credits)
+    for credit in credits:
+        rollout = credit.rollout
+        rows = clean_rows(rollout.trajectory)
+        cost = estimator.add_states(
+            rows,
+            rollout.trajectory,
+            block_size=model.block_size,
+            mask_token=model.mask_token_id,
+            weight=credit.weight / total,
+            advantage=credit.advantage,
+            draws=generator("estimator", config.seed, step, rollout.group_id, rollout.sample),
+        )
+        if cost:
+            yield rows
+
+
+def learning_rate(config: RefineConfig, step: int, done: float) -> float:
+    """Linear warm-up, constant, then linear to a tenth."""
+    rate = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.decay_share:
+        rate = min(rate, max(0.1, (1.0 - done) / config.decay_share))
+    return config.learning_rate * rate
+
+
+def per_target(totals: Metrics) -> Metrics:
+    """Sums over targets (`*_sum`) become means."""
+    targets = max(1.0, totals.get("train/targets", 0.0))
+    return {
+        name.removesuffix("_sum"): value / targets if name.endswith("_sum") else value
+        for name, value in totals.items()
+    }
+
+
+def rollout_metrics(credits: Sequence[Credit]) -> Metrics:
+    """What the step's rollouts were like."""
+    trajectories = [credit.rollout.trajectory for credit in credits]
+    tokens = sum(trajectory.num_tokens for trajectory in trajectories)
+    forwards = sum(trajectory.forwards for trajectory in trajectories)
+    count = len(credits)
+    return {
+        "reward/mean": sum(credit.reward for credit in credits) / count,
+        "reward/pass_rate": sum(credit.rollout.verdict.passed for credit in credits) / count,
+        "reward/used_share": sum(credit.weight > 0 for credit in credits) / count,
+        "rollout/forwards_per_answer": forwards / count,
+        "rollout/tokens_per_forward": tokens / max(1, forwards),
+        "rollout/tokens_per_answer": tokens / count,
+    }
+
+
+def advance(config: RefineConfig, progress: Progress, metrics: Metrics, seconds: float) -> None:
+    """Count the step and move the curriculum's threshold."""
+    rate = metrics["reward/pass_rate"]
+    first = progress.step == 0
+    progress.pass_rate = rate if first else PASS_RATE_MEMORY * progress.pass_rate + (1 - PASS_RATE_MEMORY) * rate
+    curriculum = config.curriculum
+    move = -curriculum.step if progress.pass_rate >= curriculum.pass_rate else curriculum.step
+    progress.threshold = min(curriculum.start, max(curriculum.end, progress.threshold + move))
+    progress.step += 1
+    progress.seconds = seconds
+    metrics["perf/step_seconds"] = seconds - (progress.history[-1]["seconds"] if progress.history else 0.0)
+    progress.history.append({"step": progress.step, "seconds": seconds, **metrics})
+
+
+def report_step(config: RefineConfig, progress: Progress, metrics: Metrics) -> None:
+    """One progress line."""
+    print(
+        f"refine {progress.step:>4}/{config.steps}  pass {metrics['reward/pass_rate']:.2f}"
+        f"  forwards {metrics['rollout/forwards_per_answer']:5.2f}  TPF {metrics['rollout/tokens_per_forward']:5.2f}"
+        f"  threshold {metrics['rollout/threshold']:.2f}  gen {metrics['perf/generate_seconds']:.1f}s"
+        f" ver {metrics['perf/verify_seconds']:.1f}s train {metrics['perf/train_seconds']:.1f}s"
+        f"  {progress.seconds / 60:.1f} min",
+        flush=True,
+    )
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.laps: Metrics = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self._last
+        self._last = now
