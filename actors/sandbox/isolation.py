@@ -133,6 +133,7 @@ class Isolation:
             _write("/proc/self/setgroups", "deny")
             _write("/proc/self/gid_map", f"{_INNER_ID} {gid} 1")
             _write("/proc/self/uid_map", f"{_INNER_ID} {uid} 1")
+            linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of credentials clears it
         child = os.fork()
         if child:
             os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)

@@ -79,13 +79,16 @@ class Zygote:
         """
         ours, theirs = socket.socketpair()
         order = {"op": "spawn", "cpu_seconds": math.ceil(timeout_s) + 1}
-        with theirs:
-            self._order(order, [theirs.fileno()])
         try:
+            with theirs:
+                self._order(order, [theirs.fileno()])
             wire.receive(ours, _READY_BYTES, time.monotonic() + _ANSWER_SECONDS)
         except (OSError, EOFError, ValueError) as error:
             ours.close()
             raise ZygoteFailure(f"a child was not confined: {error}") from error
+        except ZygoteFailure:
+            ours.close()
+            raise
         return ours
 
     def end(self, grace: float = 0.0) -> list[int | None]:

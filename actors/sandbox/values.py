@@ -63,8 +63,9 @@ def _encode(value: Any, depth: int, nodes: list[int]) -> Any:
 def _encode_dict(value: dict[Any, Any], depth: int, nodes: list[int]) -> Any:
     if all(type(key) is str and not key.startswith("$") for key in value):
         return {key: _encode(item, depth - 1, nodes) for key, item in value.items()}
+    # In insertion order, which a program may depend on.
     pairs = [[_encode(key, depth - 1, nodes), _encode(item, depth - 1, nodes)] for key, item in value.items()]
-    return {"$dict": sorted(pairs, key=lambda pair: _sort_key(pair[0]))}
+    return {"$dict": pairs}
 
 
 def _sort_key(tree: Any) -> str:
@@ -114,7 +115,8 @@ def _decode_tagged(tag: str, body: Any) -> Any:
 def same(expected: Any, got: Any) -> bool:
     """Whether two JSON trees stand for the same value: types must agree, floats may differ by FLOAT_REL_TOL.
 
-    `got` may come from a hostile sender: it is walked along `expected` and never hashed or decoded.
+    The order of a dictionary's keys does not matter. `got` may come from a hostile sender: it is walked along
+    `expected` and never decoded, so nothing of it is hashed but strings.
     """
     if type(expected) is not type(got):
         return False
@@ -125,7 +127,18 @@ def same(expected: Any, got: Any) -> bool:
     if isinstance(expected, list):
         return len(expected) == len(got) and all(map(same, expected, got))
     if isinstance(expected, dict):
+        if "$dict" in expected:
+            return _same_pairs(expected["$dict"], got.get("$dict"))
         return len(expected) == len(got) and all(
             key in got and same(item, got[key]) for key, item in expected.items()
         )
     return bool(expected == got)
+
+
+def _same_pairs(expected: list[Any], got: Any) -> bool:
+    if not isinstance(got, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in got):
+        return False
+    by_key = {_sort_key(key): item for key, item in got}
+    return len(expected) == len(got) == len(by_key) and all(
+        _sort_key(key) in by_key and same(item, by_key[_sort_key(key)]) for key, item in expected
+    )

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from fewstep.actors.sandbox import harness
+from fewstep.actors.sandbox import harness, linux
 from fewstep.actors.sandbox.isolation import Caps, Isolation, Plan
 
 PLAN_REFUSED = 99
@@ -81,6 +81,7 @@ def main(control_descriptor: int, settings: dict[str, Any]) -> None:
 
 def _attempt(control: socket.socket, isolation: Isolation, refusal: int) -> None:
     try:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         isolation.enter()
         zygote = Zygote(control, isolation)
         zygote.self_test()

@@ -1,0 +1,194 @@
+"""Verifiers: answers in, verdicts out, in order. In this process, or as a pool of Ray actors that may be killed.
+
+All Ray calls of verification are in this file. A worker holds nothing but its sandbox, so a dead one is replaced by
+a fresh actor and its jobs are run again; Ray's own restarts stay off, because they would hide the death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, Self
+
+from fewstep.actors.sandbox.sandbox import Limits, Sandbox
+from fewstep.platform.errors import ActorDied
+from fewstep.platform.records import Task, Verdict
+
+_log = logging.getLogger(__name__)
+
+_CHUNK = 16
+_TRIES_PER_CHUNK = 3
+_START_SECONDS = 120.0
+
+Answer = tuple[Task, str]
+
+
+class Verifier(Protocol):
+    """What refinement and evaluation ask for."""
+
+    def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """One verdict for each (task, completion text), in order; the program is `task.prompt + completion`."""
+
+    def close(self) -> None:
+        """Ends everything it started."""
+
+
+def _judge(sandbox: Sandbox, answers: Sequence[Answer]) -> list[Verdict]:
+    return sandbox.run_many([(task.prompt + text, task.check, task.timeout_s) for task, text in answers])
+
+
+class LocalVerifier:
+    """A verifier without Ray.
+
+    Args:
+        num_sandboxes: programs run at once; more than the free cores turns load into false timeouts.
+        limits: ceilings of every program.
+    Raises:
+        ResourceError: the host cannot isolate.
+    """
+
+    def __init__(self, num_sandboxes: int = 1, limits: Limits | None = None) -> None:
+        self._threads = ThreadPoolExecutor(num_sandboxes, thread_name_prefix="verifier")
+        self._sandboxes: list[Sandbox] = []
+        try:
+            for _ in range(num_sandboxes):
+                self._sandboxes.append(Sandbox(limits))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def isolation(self) -> str:
+        """The layers in force."""
+        return self._sandboxes[0].isolation
+
+    def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """See Verifier. Answers are dealt to the sandboxes in turn."""
+        count = len(self._sandboxes)
+        shares = [answers[index::count] for index in range(count)]
+        verdicts: list[Verdict | None] = [None] * len(answers)
+        for index, share in enumerate(self._threads.map(_judge, self._sandboxes, shares)):
+            verdicts[index::count] = share
+        return [verdict for verdict in verdicts if verdict is not None]
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for sandbox in self._sandboxes:
+            sandbox.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class VerifierWorker:
+    """One sandbox behind an actor handle."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._sandbox = Sandbox(limits)
+
+    def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
+        return _judge(self._sandbox, answers)
+
+    def describe(self) -> tuple[int, str]:
+        """Process id and isolation layers."""
+        return os.getpid(), self._sandbox.isolation
+
+
+class VerifierPool:
+    """Workers on the Ray cluster of the open session.
+
+    Args:
+        num_workers: sandboxes, each in an actor of its own.
+        num_cpus: logical CPUs reserved for each; a fraction, because a verdict takes milliseconds.
+        limits: ceilings of every program.
+    Raises:
+        ActorDied: a worker did not start, for instance because its host cannot isolate.
+    """
+
+    def __init__(self, num_workers: int = 1, num_cpus: float = 0.1, limits: Limits | None = None) -> None:
+        import ray
+
+        self._ray = ray
+        self._limits = limits or Limits()
+        self._actor: Any = ray.remote(num_cpus=num_cpus, max_restarts=0, max_task_retries=0)(VerifierWorker)
+        self._workers: list[Any] = []
+        self.replaced = 0
+        try:
+            for _ in range(num_workers):
+                self._workers.append(self._actor.remote(self._limits))
+            self._layers = [layers for _, layers in self._describe()]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def isolation(self) -> str:
+        """The layers in force on the first worker's host."""
+        return self._layers[0]
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers, in order."""
+        return [pid for pid, _ in self._describe()]
+
+    def _describe(self) -> list[tuple[int, str]]:
+        try:
+            found = self._ray.get(
+                [worker.describe.remote() for worker in self._workers], timeout=_START_SECONDS
+            )
+        except (self._ray.exceptions.RayError, TimeoutError) as error:
+            raise ActorDied("verifier", str(error)) from error
+        return list(found)
+
+    def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """See Verifier. Work goes in chunks to whichever worker is free; a chunk whose worker dies is run again on the
+        replacement.
+
+        Raises:
+            ActorDied: the same chunk lost _TRIES_PER_CHUNK workers.
+        """
+        chunks = {start: list(answers[start : start + _CHUNK]) for start in range(0, len(answers), _CHUNK)}
+        waiting = deque((start, 1) for start in chunks)
+        idle = list(range(len(self._workers)))
+        running: dict[Any, tuple[int, int, int]] = {}
+        verdicts: dict[int, list[Verdict]] = {}
+        while waiting or running:
+            while waiting and idle:
+                start, tries = waiting.popleft()
+                worker = idle.pop(0)
+                running[self._workers[worker].verify.remote(chunks[start])] = (worker, start, tries)
+            (done, *_), _ = self._ray.wait(list(running), num_returns=1)
+            worker, start, tries = running.pop(done)
+            try:
+                verdicts[start] = self._ray.get(done)
+            except self._ray.exceptions.RayActorError as error:
+                if tries == _TRIES_PER_CHUNK:
+                    raise ActorDied("verifier", f"{tries} times on the same answers: {error}") from error
+                self._replace(worker, error)
+                waiting.appendleft((start, tries + 1))
+            idle.append(worker)
+        return [verdict for start in chunks for verdict in verdicts[start]]
+
+    def _replace(self, worker: int, cause: Exception) -> None:
+        _log.warning("verifier %d died and is replaced: %s", worker, str(cause).strip().splitlines()[0])
+        self._workers[worker] = self._actor.remote(self._limits)
+        self.replaced += 1
+
+    def close(self) -> None:
+        """Kills the workers; their zygotes end with them."""
+        for worker in self._workers:
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.kill(worker)
+        self._workers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
