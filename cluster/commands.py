@@ -23,7 +23,7 @@ class Command:
         summary: one line for `fewstep --help`.
         config: `module:Class`, a subclass of `Config`; imports no torch, Ray or MLflow.
         run: `module:function`, called with one instance of that class.
-        ray: the job needs a Ray cluster, which is started for it and ends with it.
+        ray: the job needs Ray. One is started for it and ends with it, unless it is told to join another.
     """
 
     summary: str
@@ -36,19 +36,25 @@ class Command:
         found: type[Config] = _attribute(self.config)
         return found
 
-    def execute(self, config: Config) -> None:
-        """Runs the job to its end inside the session it needs."""
+    def execute(self, config: Config, ray_address: str | None = None, ray_cpus: int | None = None) -> None:
+        """Runs the job to its end inside the session it needs.
+
+        Args:
+            config: an instance of the command's configuration class.
+            ray_address: `host:port` of a running Ray to join; None = a local one for this job.
+            ray_cpus: logical CPUs of the local Ray; None = the cores this process may use.
+        """
         run: Callable[[Config], None] = _attribute(self.run)
-        with self._session(config):
+        with self._session(ray_address, ray_cpus):
             run(config)
 
-    def _session(self, config: Config) -> AbstractContextManager[Any]:
+    def _session(self, ray_address: str | None, ray_cpus: int | None) -> AbstractContextManager[Any]:
         if not self.ray:
             return nullcontext()
-        # Here and not above: the module imports Ray.
+        # Late, so that a command that needs no Ray does not read its module.
         from fewstep.cluster.session import ray_session
 
-        return ray_session()
+        return ray_session(ray_cpus, address=ray_address)
 
 
 COMMANDS: dict[str, Command] = {

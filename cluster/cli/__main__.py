@@ -28,6 +28,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError("command line", message, _USAGE, f"see `{self.prog} --help`")
 
+    @property
+    def options(self) -> list[str]:
+        """Every option as it is spelled."""
+        return [option for action in self._actions for option in action.option_strings]
+
 
 class _Override(argparse.Action):
     """`--key value` becomes one more override, applied after every `key=value`."""
@@ -43,6 +48,8 @@ class _Override(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        if self.nargs == 0:
+            values = "false" if (option_string or "").startswith("--no-") else "true"
         kinds = {kind.strip() for kind in self.key.type.split("|")}
         # A prompt or a path is taken as it is; `key=value` on the other hand is always YAML.
         text = json.dumps(values, ensure_ascii=False) if kinds & {"str", "Path"} else values
@@ -85,13 +92,10 @@ def _dispatch(argv: list[str]) -> int:
 
 def _run(name: str, command: Command, argv: list[str]) -> int:
     config_class = command.config_class()
-    keys = config_keys(config_class)
-    arguments, unknown = _parser(name, command, keys).parse_known_intermixed_args(
-        argv, argparse.Namespace(overrides=[])
-    )
+    parser = _parser(name, command, config_keys(config_class))
+    arguments, unknown = parser.parse_known_intermixed_args(argv, argparse.Namespace(overrides=[]))
     for option in unknown:
-        known = ["--" + key.path.replace("_", "-") for key in keys]
-        hint = nearest(option.partition("=")[0], known)
+        hint = nearest(option.partition("=")[0], sorted(parser.options))
         raise ConfigError(
             option, "an unknown option", f"see `fewstep {name} --help`", "check its spelling" + hint
         )
@@ -104,7 +108,10 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
     if arguments.dry_run:
         print(render_config(config), end="")
         return 0
-    command.execute(config)
+    if command.ray:
+        command.execute(config, arguments.ray_address, arguments.ray_cpus)
+    else:
+        command.execute(config)
     return 0
 
 
@@ -124,17 +131,25 @@ def _parser(name: str, command: Command, keys: list[ConfigKey]) -> _Parser:
         "--config", metavar="FILE.yaml", help="the configuration file, if its name has a `=` in it"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    if command.ray:
+        parser.add_argument(
+            "--ray-address", metavar="HOST:PORT", help="join this Ray cluster; default: start one"
+        )
+        parser.add_argument(
+            "--ray-cpus", metavar="N", type=int, help="logical CPUs of the Ray that is started"
+        )
     group = parser.add_argument_group("keys")
     for key in keys:
         detail = " ".join(part for part in (key.description, f"[{key.type}; {key.default}]") if part)
-        shape: dict[str, Any] = {"nargs": "?", "const": "true"} if key.type == "bool" else {}
+        spelled = key.path.replace("_", "-")
+        flag = key.type == "bool"
+        shape: dict[str, Any] = {"nargs": 0} if flag else {"metavar": "VALUE"}
         group.add_argument(
-            "--" + key.path.replace("_", "-"),
+            *((f"--{spelled}", f"--no-{spelled}") if flag else (f"--{spelled}",)),
             action=_Override,
             key=key,
             dest="overrides",
             default=argparse.SUPPRESS,
-            metavar="VALUE",
             help=detail.replace("%", "%%"),
             **shape,
         )

@@ -84,12 +84,23 @@ def test_options_win_over_overrides_and_those_over_the_file(
     assert yaml.safe_load(capsys.readouterr().out)["prompt"] == "from file"
 
 
+def test_a_switch_takes_no_value_and_has_an_opposite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["pretrain", "--no-resume", "steps=3", "--no-complementary", "--complementary", "--dry-run"])
+        == 0
+    )
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["resume"], shown["complementary"], shown["steps"]) == (False, True, 3)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["generate", "max_token=3"], ["max_token:", "unknown key", "did you mean max_tokens?"]),
         (["generate", "policy.treshold=3"], ["policy.treshold", "did you mean policy.threshold?"]),
         (["generate", "--max-token", "3"], ["--max-token:", "did you mean --max-tokens?"]),
+        (["pretrain", "--ray-adress", "x:1"], ["--ray-adress:", "did you mean --ray-address?"]),
+        (["pretrain", "--ray-cpus", "many"], ["--ray-cpus", "'many'"]),
         (["generate", "policy.threshold=2"], ["policy.threshold", "got 2", "less than or equal to 1"]),
         (["generate", "--max-tokens"], ["--max-tokens", "expected one argument"]),
         (["generate", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
