@@ -67,7 +67,7 @@ def run(config: GenerateConfig) -> None:
             film_strip(trajectory, token_texts(tokenizer, trajectory), model.config.block_size),
             file=sys.stderr,
         )
-    print(engine.text_of(trajectory))
+    print(engine.text_of(trajectory, config.stop))
 
 
 def token_texts(tokenizer: Tokenizer, trajectory: Trajectory) -> list[str]:
