@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from fewstep.actors.trainer_settings import TrainerSettings
+from fewstep.pipelines.models import DEMO_TRACKING_URI
 from fewstep.platform.config import Config
+from fewstep.platform.records import DecodePolicy
 
 
 class ModelSize(Config):
@@ -61,7 +64,9 @@ class PretrainConfig(Config):
     tracking_uri: str | None = None
     """MLflow store; None = a sqlite file in `out`."""
     model: ModelSize = ModelSize()
-    trainer: TrainerSettings = TrainerSettings(precision="bf16", compiled=True, weight_decay=0.01, ema_decay=0.998, micro_rows=4096)
+    trainer: TrainerSettings = TrainerSettings(
+        precision="bf16", compiled=True, weight_decay=0.01, ema_decay=0.998, micro_rows=4096
+    )
 
     @model_validator(mode="after")
     def _phases_fit(self) -> PretrainConfig:
@@ -135,3 +140,50 @@ class RefineConfig(Config):
     experiment: str = "fewstep"
     register_as: str = "fewstep-tiny"
     """Name in the model registry; the refined model gets the alias `champion`."""
+
+
+class Sweep(Config):
+    """The decode policies a frontier is measured at; one token per step is always measured beside them."""
+
+    thresholds: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = (
+        0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1
+    )  # fmt: skip
+    """Confidence thresholds."""
+    tokens_per_step: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16)
+    """Fixed numbers of tokens opened in a step."""
+
+    def policies(self) -> list[DecodePolicy]:
+        """Greedy policies: the thresholds, then the fixed numbers."""
+        thresholds = [DecodePolicy(kind="threshold", threshold=value) for value in self.thresholds]
+        return [
+            *thresholds,
+            *(DecodePolicy(kind="static", tokens_per_step=count) for count in self.tokens_per_step),
+        ]
+
+
+class EvaluateConfig(Config):
+    """A model's speed-quality frontier on held-out tasks; or the verifier's own test on HumanEval."""
+
+    model: str = ""
+    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
+    tracking_uri: str = DEMO_TRACKING_URI
+    """The MLflow store that a models:/ address is looked up in."""
+    out: Path = Path("runs/evaluate")
+    """Folder for the report, the figures and the trajectories."""
+    humaneval: bool = False
+    """Instead of measuring a model, run HumanEval's own solutions, right and broken, through the sandbox."""
+    tasks: Path | None = None
+    """A JSON Lines task file; null = held-out specifications of the embedded family."""
+    num_tasks: int = Field(default=500, ge=1)
+    """Distinct held-out specifications (without `tasks`)."""
+    seed: int = Field(default=0, ge=0)
+    """Which held-out specifications are drawn (without `tasks`)."""
+    max_tokens: int = Field(default=80, ge=1)
+    """Tokens of an answer at most; the longest right answer of the embedded family has 63."""
+    sweep: Sweep = Sweep()
+    num_replicas: int = Field(default=2, ge=1)
+    """Engines that answer."""
+    max_sequences: int = Field(default=48, ge=1)
+    """Requests that share a forward in one replica."""
+    num_verifiers: int = Field(default=2, ge=1)
+    """Sandboxes that judge."""
