@@ -25,6 +25,11 @@ else
 TORCH := --torch-backend=cpu
 endif
 
+# A certificate that pip has been told to trust, uv must trust too.
+ifneq ($(PIP_CERT),)
+$(STAMP) lock: export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint types bench lock clean
 
