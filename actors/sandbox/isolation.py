@@ -74,13 +74,14 @@ class Plan:
 
 
 def plans(mode: str) -> list[Plan]:
-    """What to try, strongest first. mode: auto, require (namespaces or nothing) or off (no namespaces)."""
+    """What to try, strongest first. mode: auto; require (namespaces or nothing); user (through a user namespace only,
+    as somebody without privileges would); off (no namespaces)."""
     root = os.geteuid() == 0
     isolated = [Plan(True, False, True)] if root else []
     isolated.append(Plan(True, True, False))
     bare = [Plan(False, False, True)] if root else []
     bare.append(Plan(False, False, False))
-    return {"auto": isolated + bare, "require": isolated, "off": bare}[mode]
+    return {"auto": isolated + bare, "require": isolated, "user": isolated[-1:], "off": bare}[mode]
 
 
 @dataclass

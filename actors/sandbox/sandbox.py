@@ -76,13 +76,14 @@ class Sandbox:
 
     Args:
         limits: ceilings of every program.
-        namespaces: auto takes what the host gives; require refuses a host without namespaces; off does without.
+        namespaces: auto takes what the host gives; require refuses a host without namespaces; user takes no more
+            than somebody without privileges gets; off does without.
     Raises:
         ResourceError: the host cannot isolate as asked.
     """
 
     def __init__(
-        self, limits: Limits | None = None, namespaces: Literal["auto", "require", "off"] = "auto"
+        self, limits: Limits | None = None, namespaces: Literal["auto", "require", "user", "off"] = "auto"
     ) -> None:
         self._limits = limits or Limits()
         self._namespaces = namespaces
