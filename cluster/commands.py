@@ -72,7 +72,7 @@ COMMANDS: dict[str, Command] = {
     "refine": Command(
         "train a model, on its own rollouts, to need fewer denoising steps",
         "fewstep.pipelines.settings:RefineConfig",
-        "fewstep.pipelines.refine:run",
+        "fewstep.pipelines.refine_job:run",
         ray=True,
     ),
     "evaluate": Command(

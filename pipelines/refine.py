@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fewstep.actors.engine.request import Request
+from fewstep.actors.engine.text import decode
 from fewstep.actors.trainer import Metrics
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
@@ -85,7 +86,7 @@ def refine(
         tasks = draw_tasks(config.seed, progress.step, config.prompts_per_step)
         trajectories = workers.generate(make_requests(config, tokenizer, tasks, policy, progress.step))
         clock.lap("perf/generate_seconds")
-        texts = [completion_text(tokenizer, model, trajectory) for trajectory in trajectories]
+        texts = [decode(tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
         jobs = [(tasks[i // config.group_size], text) for i, text in enumerate(texts)]
         verdicts = workers.verify(jobs)
         clock.lap("perf/verify_seconds")
@@ -143,12 +144,6 @@ def make_requests(
             own = policy.model_copy(update={"seed": seed})
             requests.append(Request(f"{step}-{prompt}-{sample}", ids, own, config.max_tokens))
     return requests
-
-
-def completion_text(tokenizer: Tokenizer, model: ModelConfig, trajectory: Trajectory) -> str:
-    """The completion as text, without its end of sequence."""
-    ids = trajectory.completion_ids.tolist()
-    return str(tokenizer.decode(ids[:-1] if ids and ids[-1] == model.eos_token_id else ids))
 
 
 def give_credit(

@@ -77,6 +77,25 @@ class PretrainConfig(Config):
         return self
 
 
+class Sweep(Config):
+    """The decode policies a frontier is measured at; one token per step is always measured beside them."""
+
+    thresholds: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = (
+        0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1
+    )  # fmt: skip
+    """Confidence thresholds."""
+    tokens_per_step: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16)
+    """Fixed numbers of tokens opened in a step."""
+
+    def policies(self) -> list[DecodePolicy]:
+        """Greedy policies: the thresholds, then the fixed numbers."""
+        thresholds = [DecodePolicy(kind="threshold", threshold=value) for value in self.thresholds]
+        return [
+            *thresholds,
+            *(DecodePolicy(kind="static", tokens_per_step=count) for count in self.tokens_per_step),
+        ]
+
+
 class Curriculum(Config):
     """The sampler's threshold falls while the rollouts keep passing, and rises again when they do not."""
 
@@ -99,8 +118,8 @@ class Curriculum(Config):
 class RefineConfig(Config):
     """On-policy refinement: the model trains on its own verified trajectories to need fewer steps."""
 
-    model: Path | None = None
-    """Model folder to start from; None = the embedded model."""
+    model: str = ""
+    """Model folder or models:/NAME@ALIAS to start from; empty = the embedded model."""
     out: Path = Path("runs/refine")
     """Run folder: model, checkpoint, rollouts, report, figures and the resolved configuration."""
     seed: int = Field(default=0, ge=0)
@@ -130,6 +149,9 @@ class RefineConfig(Config):
     max_sequences: int = Field(default=48, ge=1)
     """Requests that share a forward in one replica."""
     trainer: TrainerSettings = TrainerSettings(num_ranks=2, precision="bf16", micro_rows=4096)
+    trainer_cpus: float = Field(default=0.4, gt=0.0)
+    """Logical CPUs a trainer rank reserves; replicas and ranks take turns, so together they may fill the machine."""
+    sweep: Sweep = Sweep()
     num_eval_tasks: int = Field(default=500, ge=1)
     """Distinct held-out specifications the frontier is measured on, before and after."""
     checkpoint_every: int = Field(default=20, ge=1)
@@ -140,25 +162,6 @@ class RefineConfig(Config):
     experiment: str = "fewstep"
     register_as: str = "fewstep-tiny"
     """Name in the model registry; the refined model gets the alias `champion`."""
-
-
-class Sweep(Config):
-    """The decode policies a frontier is measured at; one token per step is always measured beside them."""
-
-    thresholds: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = (
-        0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1
-    )  # fmt: skip
-    """Confidence thresholds."""
-    tokens_per_step: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16)
-    """Fixed numbers of tokens opened in a step."""
-
-    def policies(self) -> list[DecodePolicy]:
-        """Greedy policies: the thresholds, then the fixed numbers."""
-        thresholds = [DecodePolicy(kind="threshold", threshold=value) for value in self.thresholds]
-        return [
-            *thresholds,
-            *(DecodePolicy(kind="static", tokens_per_step=count) for count in self.tokens_per_step),
-        ]
 
 
 class EvaluateConfig(Config):

@@ -1,1 +1,6 @@
 """Objectives: what a training update minimises. Plug-ins, named by a short name or a dotted path."""
+
+OBJECTIVES = {
+    "seed": "fewstep.pipelines.objectives.seed:Seed",
+    "distill": "fewstep.pipelines.objectives.distill:Distill",
+}

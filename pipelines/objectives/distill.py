@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from fewstep.kernels.model.training import RowTensors
@@ -36,8 +37,7 @@ class Distill:
 
         def rank(rollout: Rollout) -> tuple[int, float]:
             trajectory = rollout.trajectory
-            logprob = trajectory.logprob
-            return trajectory.forwards, -float(logprob[logprob == logprob].mean())
+            return trajectory.forwards, -float(np.nanmean(trajectory.logprob))
 
         passed = sorted((rollout for rollout in group if rollout.verdict.passed), key=rank)
         best = {id(rollout) for rollout in passed[: self.keep]}
