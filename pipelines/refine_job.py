@@ -1,0 +1,288 @@
+"""`fewstep refine`: everything around the on-policy loop.
+
+Measure the frontier, refine, measure again on the same held-out tasks, write the report and the figures, register
+the model. The loop itself is in refine.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from fewstep.actors.replica import ReplicaPool
+from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.verifier import VerifierPool
+from fewstep.kernels.model.checkpoint import load_tokenizer, save_model, state_checksum
+from fewstep.kernels.model.config import ModelConfig
+from fewstep.pipelines.figures import Panel, draw_curves, draw_frontier, draw_steps_histogram
+from fewstep.pipelines.frontier import (
+    Speedup,
+    accuracy_under_parallelism,
+    compare,
+    measure,
+    point_record,
+    speedup_record,
+)
+from fewstep.pipelines.frontier_table import comparison_table
+from fewstep.pipelines.models import model_folder
+from fewstep.pipelines.objectives import OBJECTIVES
+from fewstep.pipelines.objectives.credit import RefineObjective
+from fewstep.pipelines.publish import publish_model
+from fewstep.pipelines.refine import Progress, Workers, refine
+from fewstep.pipelines.settings import RefineConfig
+from fewstep.pipelines.tasks.family import tasks as family_tasks
+from fewstep.platform.artifacts import atomic_folder, atomic_write_text, git_commit, machine_info
+from fewstep.platform.config import render_config
+from fewstep.platform.errors import ConfigError
+from fewstep.platform.mlflow_store import sqlite_uri
+from fewstep.platform.mlflow_tracker import MlflowTracker
+from fewstep.platform.records import FrontierPoint, Rollout, Task, WeightVersion
+from fewstep.platform.registry import resolve
+from fewstep.platform.trajectories import read_rollouts, write_rollouts
+
+HELD_OUT_SEED = 0
+REFINE_PANELS = (
+    Panel("reward/pass_rate", "share of rollouts that pass"),
+    Panel("rollout/forwards_per_answer", "forwards per rollout"),
+    Panel("rollout/tokens_per_forward", "tokens per forward (TPF)"),
+    Panel("rollout/threshold", "the sampler's confidence threshold"),
+)
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """What a refine run came to; `report` is what report.json holds."""
+
+    model: Path
+    model_uri: str
+    tracking_uri: str
+    run_id: str
+    how_to_open: str
+    speedup: Speedup
+    table: str
+    report: dict[str, Any]
+
+
+def run(config: RefineConfig) -> RefineResult:
+    """The whole job inside an open Ray session."""
+    started = time.monotonic()
+    folder = model_folder(config.model, config.tracking_uri or sqlite_uri(config.out))
+    model = ModelConfig.load(folder)
+    tokenizer = load_tokenizer(folder, model)
+    objective = make_objective(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(config.out / "config.yaml", render_config(config))
+    held_out = family_tasks(config.num_eval_tasks, HELD_OUT_SEED, held_out=True)
+    with ExitStack() as stack:
+        tracker = stack.enter_context(open_tracker(config, held_out))
+        pool = ReplicaPool(folder, config.num_replicas, max_sequences=config.max_sequences, run_id=tracker.run_id)
+        stack.callback(pool.close)
+        verifiers = stack.enter_context(VerifierPool(config.num_verifiers))
+        trainer = TrainerGroup(
+            model, folder, config.trainer, OBJECTIVES.get(config.objective, config.objective),
+            config.objective_options, num_cpus=config.trainer_cpus,
+        )  # fmt: skip
+        stack.callback(trainer.close)
+        frontier = _Frontier(config, held_out, pool, verifiers, tokenizer)
+        before = frontier.measure("before")
+        workers = Workers(pool.generate, verifiers.verify, trainer, _pusher(pool))
+        progress, save = _checkpointing(config, trainer)
+        refine_started = time.monotonic()
+        # The replicas hold the starting weights; a resumed run's are the checkpoint's.
+        workers.push(trainer.state(), WeightVersion(tracker.run_id, progress.step, ""))
+        progress = refine(config, model, tokenizer, objective, workers, tracker, progress, save)
+        save(progress)
+        refine_seconds = time.monotonic() - refine_started
+        after = frontier.measure("after")
+        save_model(config.out / "model", trainer.state(), model, tokenizer)
+        report = {
+            **_report(before, after, progress),
+            "refine_seconds": refine_seconds,
+            "total_seconds": time.monotonic() - started,
+            "settings": config.model_dump(mode="json"),
+            "replicas_replaced": pool.replaced,
+            "verifiers_replaced": verifiers.replaced,
+            "isolation": verifiers.isolation,
+        }
+        return _conclude(config, tracker, before, after, progress, report)
+
+
+def make_objective(config: RefineConfig) -> RefineObjective:
+    """The objective plug-in of a configuration. Raises ConfigError on an unknown name or option."""
+    factory = resolve("objective", config.objective, OBJECTIVES)
+    try:
+        objective: RefineObjective = factory(**config.objective_options)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(
+            "objective_options", config.objective_options, f"keyword arguments of {factory.__name__}", str(error)
+        ) from error
+    return objective
+
+
+@contextmanager
+def open_tracker(config: RefineConfig, held_out: list[Task]) -> Iterator[MlflowTracker]:
+    """The run's MLflow writer, with its parameters and lineage."""
+    tracker = MlflowTracker(
+        config.tracking_uri or sqlite_uri(config.out),
+        experiment=config.experiment,
+        run_name=f"refine-{config.objective}",
+        description="On-policy refinement: fewer forwards per answer at equal pass@1.",
+    )
+    with tracker:
+        tracker.log_params(config.model_dump(mode="json"))
+        tracker.log_artifact(config.out / "config.yaml")
+        digest = state_digest(task.task_id for task in held_out)
+        tracker.log_dataset(
+            "family-held-out", digest=digest, context="evaluation",
+            source="distinct specifications of the embedded family, held out by hash",
+            profile={"num_tasks": len(held_out)},
+        )  # fmt: skip
+        tracker.log_dataset(
+            "family-training", digest=state_digest([f"seed {config.seed}"]), context="training",
+            source=f"specifications of the training side, keyed by (seed {config.seed}, step)",
+            profile={"prompts_per_step": config.prompts_per_step, "group_size": config.group_size},
+        )  # fmt: skip
+        yield tracker
+
+
+def state_digest(parts: Iterable[str]) -> str:
+    """A hexadecimal digest of a sequence of strings, order included."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+class _Frontier:
+    """Measures one model on the held-out tasks; a finished measurement is kept for a resumed run."""
+
+    def __init__(
+        self, config: RefineConfig, held_out: list[Task], pool: ReplicaPool, verifiers: VerifierPool, tokenizer: Tokenizer
+    ) -> None:
+        self._config, self._tasks, self._pool, self._verifiers = config, held_out, pool, verifiers
+        self._tokenizer = tokenizer
+
+    def measure(self, name: str) -> list[FrontierPoint]:
+        print(f"frontier {name} refinement, {len(self._tasks)} held-out tasks", flush=True)
+        return measure(
+            self._tasks, self._config.sweep.policies(), self._pool.generate, self._verifiers.verify, self._tokenizer,
+            max_tokens=self._config.max_tokens, observe=lambda point, rollouts: self._keep(name, point, rollouts),
+        )  # fmt: skip
+
+    def _keep(self, name: str, point: FrontierPoint, rollouts: list[Rollout]) -> None:
+        path = self._config.out / "trajectories" / f"{name}_{point.policy.label()}.parquet"
+        write_rollouts(path, rollouts, {"policy": point.policy.model_dump(mode="json"), "model": name})
+
+
+def _pusher(pool: ReplicaPool) -> Callable[[Mapping[str, torch.Tensor], WeightVersion], dict[str, float]]:
+    def push(state: Mapping[str, torch.Tensor], version: WeightVersion) -> dict[str, float]:
+        receipt = pool.push(state, WeightVersion(version.run_id, version.step, state_checksum(state)))
+        return {"sync/seconds": receipt.seconds, "sync/bytes": float(receipt.num_bytes)}
+
+    return push
+
+
+def _checkpointing(config: RefineConfig, trainer: TrainerGroup) -> tuple[Progress, Callable[[Progress], None]]:
+    """The progress to start from, and the function that saves it (temporary folder, then rename)."""
+    path = config.out / "checkpoint"
+    fingerprint = config.model_copy(update={"out": Path(), "resume": True, "tracking_uri": None}).model_dump_json()
+
+    def save(progress: Progress) -> None:
+        with atomic_folder(path) as folder:
+            trainer.save(folder.resolve())
+            (folder / "progress.json").write_text(json.dumps({"config": fingerprint, **asdict(progress)}))
+
+    if not (config.resume and (path / "progress.json").is_file()):
+        return Progress(threshold=config.curriculum.start), save
+    saved = json.loads((path / "progress.json").read_text())
+    if saved.pop("config") != fingerprint:
+        raise ConfigError(
+            "out", str(config.out), "a folder without a checkpoint of another configuration",
+            "choose another out, or resume=false to start over",
+        )  # fmt: skip
+    trainer.load(path.resolve())
+    print(f"resumed at step {saved['step']}", flush=True)
+    return Progress(**saved), save
+
+
+def _report(before: list[FrontierPoint], after: list[FrontierPoint], progress: Progress) -> dict[str, Any]:
+    speedup = compare(before, after)
+    return {
+        **speedup_record(speedup),
+        "frontier_before": [point_record(point) for point in before],
+        "frontier_after": [point_record(point) for point in after],
+        "aup_before": accuracy_under_parallelism(before),
+        "aup_after": accuracy_under_parallelism(after),
+        "steps": progress.step,
+        "machine": machine_info(),
+        "commit": git_commit(),
+    }
+
+
+def _conclude(
+    config: RefineConfig,
+    tracker: MlflowTracker,
+    before: list[FrontierPoint],
+    after: list[FrontierPoint],
+    progress: Progress,
+    report: dict[str, Any],
+) -> RefineResult:
+    """Files, figures, MLflow and the registry, from what was measured."""
+    speedup, out = compare(before, after), config.out
+    table = comparison_table(before, after, speedup)
+    atomic_write_text(out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in progress.history))
+    draw_frontier(out / "frontier.png", before, after, speedup=speedup)
+    if progress.history:
+        draw_curves(out / "curves.png", {config.objective: progress.history}, REFINE_PANELS)
+    chosen = speedup.after or after[0]
+    draw_steps_histogram(
+        out / "steps.png",
+        [t.trajectory for t in _kept(out, "before", speedup.before)],
+        [t.trajectory for t in _kept(out, "after", chosen)],
+    )
+    for name in ("frontier", "curves", "steps"):
+        if (out / f"{name}.png").is_file():
+            tracker.log_figure(name, out / f"{name}.png", step=progress.step)
+    tracker.log_artifact(out / "trajectories", "trajectories")
+    tracker.log_artifact(out / "rollouts", "rollouts")
+    summary = _summary(speedup, chosen)
+    tracker.log_metrics(summary, progress.step)
+    uri = publish_model(
+        tracker, out / "model", name=config.register_as, alias="champion", metrics=summary,
+        input_example=family_tasks(1, HELD_OUT_SEED, held_out=True)[0].prompt, policy=chosen.policy,
+        step=progress.step, dataset="family-held-out",
+    )  # fmt: skip
+    report["mlflow"] = {"tracking_uri": tracker.uri, "run_id": tracker.run_id, "model_uri": uri}
+    atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+    tracker.log_artifact(out / "report.json")
+    print(f"\n{table}\n\n{speedup.text()}\n", flush=True)
+    return RefineResult(
+        out / "model", uri, tracker.uri, tracker.run_id, tracker.how_to_open, speedup, table, report
+    )
+
+
+def _kept(out: Path, name: str, point: FrontierPoint) -> list[Rollout]:
+    return read_rollouts(out / "trajectories" / f"{name}_{point.policy.label()}.parquet")
+
+
+def _summary(speedup: Speedup, chosen: FrontierPoint) -> dict[str, float]:
+    values = {
+        "eval/heldout/pass_at_1_before": speedup.before.pass_at_1,
+        "eval/heldout/pass_at_1": chosen.pass_at_1,
+        "eval/heldout/forwards_per_answer_before": speedup.before.forwards_per_answer,
+        "eval/heldout/forwards_per_answer": chosen.forwards_per_answer,
+        "eval/heldout/tokens_per_forward": chosen.tokens_per_forward,
+    }
+    if speedup.speedup_forwards is not None and speedup.speedup_vs_sequential is not None:
+        values["eval/heldout/speedup_forwards"] = speedup.speedup_forwards
+        values["eval/heldout/speedup_vs_sequential"] = speedup.speedup_vs_sequential
+    return values
