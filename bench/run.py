@@ -21,7 +21,7 @@ from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
 from fewstep.actors.sandbox.sandbox import Sandbox
 from fewstep.kernels.model.checkpoint import load_model, state_checksum
-from fewstep.pipelines.models import DEMO_TRACKING_URI, model_folder
+from fewstep.pipelines.models import model_folder
 from fewstep.pipelines.tasks.family import tasks
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
 from fewstep.platform.records import DecodePolicy, Task, WeightVersion
@@ -124,7 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
-    folder = model_folder(arguments.model, DEMO_TRACKING_URI)
+    folder = model_folder(arguments.model, "")
     asked = tasks(arguments.num_tasks, seed=0, held_out=True)
     engine_rows = []
     print(

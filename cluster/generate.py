@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fewstep.pipelines.models import DEMO_TRACKING_URI, model_folder
+from fewstep.pipelines.models import model_folder
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy, Int16Array, Trajectory
 
@@ -26,8 +26,8 @@ class GenerateConfig(Config):
 
     model: str = ""
     """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
-    tracking_uri: str = DEMO_TRACKING_URI
-    """The MLflow store that a models:/ address is looked up in."""
+    tracking_uri: str = ""
+    """MLflow store of a models:/ address; empty = MLFLOW_TRACKING_URI, else the store of `make demo`."""
     prompt: str | None = None
     """The text to continue; null = read standard input to its end."""
     max_tokens: int = Field(default=256, ge=1)

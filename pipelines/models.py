@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-# Where `make demo` keeps its store; the address a newcomer's models:/ names are looked up in.
+# Where `make demo` keeps its store: a newcomer's models:/ names are looked up there.
 DEMO_TRACKING_URI = "sqlite:///runs/demo/mlflow.db"
 
 
@@ -13,7 +14,8 @@ def model_folder(model: str, tracking_uri: str) -> Path:
 
     Args:
         model: a model folder, `models:/NAME@ALIAS`, or empty for the embedded model.
-        tracking_uri: the MLflow store a `models:/` address is looked up in.
+        tracking_uri: the MLflow store a `models:/` address is looked up in; empty = MLflow's own variable
+            MLFLOW_TRACKING_URI, and without that the store of `make demo`.
     Raises:
         UserError: the address does not resolve. A folder is not looked into; loading it does that.
     """
@@ -25,5 +27,6 @@ def model_folder(model: str, tracking_uri: str) -> Path:
     if model.startswith("models:/"):
         from fewstep.platform.mlflow_registry import mlflow_model_folder
 
-        return mlflow_model_folder(model, tracking_uri)
+        store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "") or DEMO_TRACKING_URI
+        return mlflow_model_folder(model, store)
     return Path(model)
