@@ -45,7 +45,7 @@ from fewstep.platform.config import render_config
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_store import sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
-from fewstep.platform.records import FrontierPoint, Rollout, Task, WeightVersion
+from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout, Task, WeightVersion
 from fewstep.platform.registry import resolve
 from fewstep.platform.trajectories import read_rollouts, write_rollouts
 
@@ -67,6 +67,7 @@ class RefineResult:
     tracking_uri: str
     run_id: str
     how_to_open: str
+    served_policy: DecodePolicy
     speedup: Speedup
     table: str
     report: dict[str, Any]
@@ -266,7 +267,7 @@ def _conclude(
     tracker.log_artifact(out / "report.json")
     print(f"\n{table}\n\n{speedup.text()}\n", flush=True)
     return RefineResult(
-        out / "model", uri, tracker.uri, tracker.run_id, tracker.how_to_open, speedup, table, report
+        out / "model", uri, tracker.uri, tracker.run_id, tracker.how_to_open, chosen.policy, speedup, table, report
     )
 
 
