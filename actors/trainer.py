@@ -68,7 +68,9 @@ class TrainerRank:
             transformer, _ = load_model(initial)
         self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled)
         self._ema = (
-            {n: p.detach().clone() for n, p in transformer.state_dict().items()} if settings.ema_decay else None
+            {n: p.detach().clone() for n, p in transformer.state_dict().items()}
+            if settings.ema_decay
+            else None
         )
         self._updates = 0
 
@@ -106,7 +108,9 @@ class TrainerRank:
             },
         )
 
-    def update(self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None) -> Metrics:
+    def update(
+        self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None
+    ) -> Metrics:
         """One optimiser step on this rank's share of a batch.
 
         Args:
@@ -221,7 +225,8 @@ class TrainerGroup:
         self._ray, self.settings = ray, settings
         actor = ray.remote(num_cpus=num_cpus, max_restarts=0)(TrainerRank)
         self._ranks = [
-            actor.remote(config, initial, settings, objective, options or {}) for _ in range(settings.num_ranks)
+            actor.remote(config, initial, settings, objective, options or {})
+            for _ in range(settings.num_ranks)
         ]
         address, port = self._get([self._ranks[0].endpoint.remote()])[0]
         self._get([rank.connect.remote(index, address, port) for index, rank in enumerate(self._ranks)])
@@ -243,7 +248,9 @@ class TrainerGroup:
         total["grad_norm"] = parts[0]["grad_norm"]
         return total
 
-    def update(self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None) -> Metrics:
+    def update(
+        self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None
+    ) -> Metrics:
         """One optimiser step, waited for."""
         return self.finish_update(self.start_update(samples, learning_rate, block_size))
 

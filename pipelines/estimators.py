@@ -130,7 +130,8 @@ class CompressedEstimator:
         view = slices(trajectory, block_size)
         starts = [0] if view.num_rounds == 1 else [0, int(draws.integers(1, view.num_rounds))]
         return sum(
-            _add(rows, view, start, view.num_rounds, block_size, mask_token, weight, advantage) for start in starts
+            _add(rows, view, start, view.num_rounds, block_size, mask_token, weight, advantage)
+            for start in starts
         )
 
 

@@ -19,13 +19,17 @@ from fewstep.kernels.model.checkpoint import save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.corruption import Sample, edit_state, mask_states
+from fewstep.pipelines.figures import PRETRAIN_PANELS, draw_curves
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.vocabulary import EOS, MASK, PAD, build_tokenizer, encode_pair, family_ids
 from fewstep.platform.artifacts import atomic_folder, atomic_write_text
 from fewstep.platform.config import render_config
 from fewstep.platform.errors import ConfigError
+from fewstep.platform.mlflow_store import sqlite_uri
+from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.rng import generator
+from fewstep.platform.tracking import Tracker
 
 OBJECTIVE = "fewstep.pipelines.objectives.denoise:Denoise"
 REPORT_EVERY = 50
@@ -91,27 +95,41 @@ class Batches:
 
 
 def run(config: PretrainConfig) -> None:
-    """Train, checkpoint, write `out/model` and `out/metrics.jsonl`."""
+    """Train, checkpoint, write `out/model`, `out/metrics.jsonl` and `out/curve.png`; tracked in MLflow."""
     tokenizer = build_tokenizer()
     model_config = model_of(config, tokenizer)
     config.out.mkdir(parents=True, exist_ok=True)
+    uri = config.tracking_uri or sqlite_uri(config.out)
     trainer = TrainerGroup(model_config, config.seed, config.trainer, OBJECTIVE)
     try:
         first = _resume(config, trainer)
-        batches, log = Batches(config, tokenizer), _Log(config, first)
-        samples = batches.draw(first)
-        for step in range(first, config.steps):
-            plan = plan_step(config, step)
-            pending = trainer.start_update(samples, plan.learning_rate, plan.block_size)
-            if step + 1 < config.steps:
-                samples = batches.draw(step + 1)  # while the ranks work
-            log.step(step, plan, trainer.finish_update(pending))
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                _checkpoint(config, trainer, step + 1)
-        save_model(config.out / "model", trainer.state(), model_config, tokenizer)
+        with MlflowTracker(uri, experiment="fewstep", run_name="pretrain") as tracker:
+            tracker.log_params(config.model_dump(mode="json"))
+            tracker.log_dataset(
+                "family-training", digest=f"{config.seed:016x}", context="training",
+                source=f"pairs of the embedded family's training side, keyed by (seed {config.seed}, step, sample)",
+            )  # fmt: skip
+            log = _Log(config, first, tracker)
+            _train(config, trainer, Batches(config, tokenizer), log, first)
+            save_model(config.out / "model", trainer.state(), model_config, tokenizer)
+            draw_curves(config.out / "curve.png", {"pretrain": log.rows}, PRETRAIN_PANELS)
+            tracker.log_figure("curve", config.out / "curve.png", step=config.steps)
+            tracker.log_artifact(config.out / "model", "model")
         print(f"wrote {config.out / 'model'}", flush=True)
     finally:
         trainer.close()
+
+
+def _train(config: PretrainConfig, trainer: TrainerGroup, batches: Batches, log: _Log, first: int) -> None:
+    samples = batches.draw(first)
+    for step in range(first, config.steps):
+        plan = plan_step(config, step)
+        pending = trainer.start_update(samples, plan.learning_rate, plan.block_size)
+        if step + 1 < config.steps:
+            samples = batches.draw(step + 1)  # while the ranks work
+        log.step(step, plan, trainer.finish_update(pending))
+        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+            _checkpoint(config, trainer, step + 1)
 
 
 def model_of(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -155,14 +173,15 @@ def _fingerprint(config: PretrainConfig) -> str:
 
 
 class _Log:
-    """Progress lines on the terminal and one JSON line per report in metrics.jsonl."""
+    """Progress lines on the terminal, one JSON line per report in metrics.jsonl, and the tracker."""
 
-    def __init__(self, config: PretrainConfig, first: int) -> None:
-        self._config, self._start, self._first = config, time.monotonic(), first
+    def __init__(self, config: PretrainConfig, first: int, tracker: Tracker) -> None:
+        self._config, self._start, self._tracker = config, time.monotonic(), tracker
         self._path = config.out / "metrics.jsonl"
         kept = self._path.read_text().splitlines() if first and self._path.is_file() else []
-        kept = [line for line in kept if json.loads(line)["step"] < first]
-        self._before_s = json.loads(kept[-1])["seconds"] if kept else 0.0
+        kept = [line for line in kept if json.loads(line)["step"] <= first]
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in kept]
+        self._before_s = self.rows[-1]["seconds"] if kept else 0.0
         self._path.write_text("".join(line + "\n" for line in kept))
         self._nll = self._targets = 0.0
 
@@ -184,6 +203,10 @@ class _Log:
             "grad_norm": metrics["grad_norm"],
         }
         self._nll = self._targets = 0.0
+        self.rows.append(row)
+        self._tracker.log_metrics(
+            {f"train/{k}": v for k, v in row.items() if k not in ("step", "edits")}, step + 1
+        )
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(

@@ -255,7 +255,9 @@ def advance(config: RefineConfig, progress: Progress, metrics: Metrics, seconds:
     """Count the step and move the curriculum's threshold."""
     rate = metrics["reward/pass_rate"]
     first = progress.step == 0
-    progress.pass_rate = rate if first else PASS_RATE_MEMORY * progress.pass_rate + (1 - PASS_RATE_MEMORY) * rate
+    progress.pass_rate = (
+        rate if first else PASS_RATE_MEMORY * progress.pass_rate + (1 - PASS_RATE_MEMORY) * rate
+    )
     curriculum = config.curriculum
     move = -curriculum.step if progress.pass_rate >= curriculum.pass_rate else curriculum.step
     progress.threshold = min(curriculum.start, max(curriculum.end, progress.threshold + move))

@@ -85,7 +85,9 @@ def run(config: RefineConfig) -> RefineResult:
     held_out = family_tasks(config.num_eval_tasks, HELD_OUT_SEED, held_out=True)
     with ExitStack() as stack:
         tracker = stack.enter_context(open_tracker(config, held_out))
-        pool = ReplicaPool(folder, config.num_replicas, max_sequences=config.max_sequences, run_id=tracker.run_id)
+        pool = ReplicaPool(
+            folder, config.num_replicas, max_sequences=config.max_sequences, run_id=tracker.run_id
+        )
         stack.callback(pool.close)
         verifiers = stack.enter_context(VerifierPool(config.num_verifiers))
         trainer = TrainerGroup(
@@ -124,7 +126,10 @@ def make_objective(config: RefineConfig) -> RefineObjective:
         objective: RefineObjective = factory(**config.objective_options)
     except (TypeError, KeyError) as error:
         raise ConfigError(
-            "objective_options", config.objective_options, f"keyword arguments of {factory.__name__}", str(error)
+            "objective_options",
+            config.objective_options,
+            f"keyword arguments of {factory.__name__}",
+            str(error),
         ) from error
     return objective
 
@@ -167,7 +172,12 @@ class _Frontier:
     """Measures one model on the held-out tasks; a finished measurement is kept for a resumed run."""
 
     def __init__(
-        self, config: RefineConfig, held_out: list[Task], pool: ReplicaPool, verifiers: VerifierPool, tokenizer: Tokenizer
+        self,
+        config: RefineConfig,
+        held_out: list[Task],
+        pool: ReplicaPool,
+        verifiers: VerifierPool,
+        tokenizer: Tokenizer,
     ) -> None:
         self._config, self._tasks, self._pool, self._verifiers = config, held_out, pool, verifiers
         self._tokenizer = tokenizer
@@ -192,10 +202,14 @@ def _pusher(pool: ReplicaPool) -> Callable[[Mapping[str, torch.Tensor], WeightVe
     return push
 
 
-def _checkpointing(config: RefineConfig, trainer: TrainerGroup) -> tuple[Progress, Callable[[Progress], None]]:
+def _checkpointing(
+    config: RefineConfig, trainer: TrainerGroup
+) -> tuple[Progress, Callable[[Progress], None]]:
     """The progress to start from, and the function that saves it (temporary folder, then rename)."""
     path = config.out / "checkpoint"
-    fingerprint = config.model_copy(update={"out": Path(), "resume": True, "tracking_uri": None}).model_dump_json()
+    fingerprint = config.model_copy(
+        update={"out": Path(), "resume": True, "tracking_uri": None}
+    ).model_dump_json()
 
     def save(progress: Progress) -> None:
         with atomic_folder(path) as folder:
@@ -267,7 +281,15 @@ def _conclude(
     tracker.log_artifact(out / "report.json")
     print(f"\n{table}\n\n{speedup.text()}\n", flush=True)
     return RefineResult(
-        out / "model", uri, tracker.uri, tracker.run_id, tracker.how_to_open, chosen.policy, speedup, table, report
+        out / "model",
+        uri,
+        tracker.uri,
+        tracker.run_id,
+        tracker.how_to_open,
+        chosen.policy,
+        speedup,
+        table,
+        report,
     )
 
 

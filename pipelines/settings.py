@@ -186,6 +186,8 @@ class EvaluateConfig(Config):
     sweep: Sweep = Sweep()
     num_replicas: int = Field(default=2, ge=1)
     """Engines that answer."""
+    replica_cpus: float = Field(default=0.4, gt=0.0)
+    """Logical CPUs each of them reserves; two and their verifiers fit on a single core."""
     max_sequences: int = Field(default=48, ge=1)
     """Requests that share a forward in one replica."""
     num_verifiers: int = Field(default=2, ge=1)

@@ -19,7 +19,9 @@ Float32Array = NDArray[np.float32]
 
 PolicyKind = Literal["threshold", "static"]
 FinishReason = Literal["stop", "length", "abort"]
-Outcome = Literal["passed", "wrong_answer", "runtime_error", "syntax_error", "timeout", "memory", "sandbox_error"]
+Outcome = Literal[
+    "passed", "wrong_answer", "runtime_error", "syntax_error", "timeout", "memory", "sandbox_error"
+]
 
 
 class DecodePolicy(BaseModel):
@@ -36,7 +38,9 @@ class DecodePolicy(BaseModel):
     threshold: float = Field(default=0.9, gt=0.0, le=1.0, description="used by kind=threshold")
     tokens_per_step: int = Field(default=1, ge=1, description="used by kind=static")
     max_steps_per_block: int | None = Field(
-        default=None, ge=1, description="after this many forwards a block opens all that is left; None = no limit"
+        default=None,
+        ge=1,
+        description="after this many forwards a block opens all that is left; None = no limit",
     )
     temperature: float = Field(default=0.0, ge=0.0, le=2.0, description="0 = greedy")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -44,7 +48,9 @@ class DecodePolicy(BaseModel):
 
     def label(self) -> str:
         """Short name for tables and metric keys, such as `threshold_0.9` or `static_1`."""
-        return f"threshold_{self.threshold:g}" if self.kind == "threshold" else f"static_{self.tokens_per_step}"
+        return (
+            f"threshold_{self.threshold:g}" if self.kind == "threshold" else f"static_{self.tokens_per_step}"
+        )
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,15 @@ def resolve(field: str, name: str, known: Mapping[str, str]) -> Any:
     path = known.get(name, name)
     if ":" not in path:
         raise ConfigError(
-            field, repr(name), f"{sorted(known)} or package.module:attribute", "use one of them" + nearest(name, list(known))
+            field,
+            repr(name),
+            f"{sorted(known)} or package.module:attribute",
+            "use one of them" + nearest(name, list(known)),
         )
     module, attribute = path.split(":", 1)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(field, repr(name), "an importable package.module:attribute", f"check the path ({error})") from error
+        raise ConfigError(
+            field, repr(name), "an importable package.module:attribute", f"check the path ({error})"
+        ) from error

@@ -42,7 +42,9 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """tokenizer.json of a model folder, checked against the model's vocabulary size and mask token."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise CheckpointError(str(path), "no such file", "a tokenizers file beside the weights", "copy it there")
+        raise CheckpointError(
+            str(path), "no such file", "a tokenizers file beside the weights", "copy it there"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust binding raises bare Exception on a malformed file
@@ -67,18 +69,26 @@ def load_state(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     try:
         state = load_file(str(path))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(str(path), f"unreadable ({error})", "a whole safetensors file", "copy it again") from error
+        raise CheckpointError(
+            str(path), f"unreadable ({error})", "a whole safetensors file", "copy it again"
+        ) from error
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
     missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or surplus:
         raise CheckpointError(
-            str(path), f"missing {missing[:4]}, surplus {surplus[:4]}", "the tensors of config.json", "re-export the model"
+            str(path),
+            f"missing {missing[:4]}, surplus {surplus[:4]}",
+            "the tensors of config.json",
+            "re-export the model",
         )
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
             raise CheckpointError(
-                f"{path}:{name}", tuple(state[name].shape), f"shape {shape}", "use the config.json of these weights"
+                f"{path}:{name}",
+                tuple(state[name].shape),
+                f"shape {shape}",
+                "use the config.json of these weights",
             )
     return state
 
@@ -96,14 +106,18 @@ def load_model(folder: Path) -> tuple[Transformer, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def save_model(folder: Path, state: Mapping[str, torch.Tensor], config: ModelConfig, tokenizer: Tokenizer) -> None:
+def save_model(
+    folder: Path, state: Mapping[str, torch.Tensor], config: ModelConfig, tokenizer: Tokenizer
+) -> None:
     """Write a model folder atomically: a temporary sibling, then a rename; a half-written one never appears."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (temporary / "config.json").write_text(config.dump())
-        save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, str(temporary / "model.safetensors"))
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in state.items()}, str(temporary / "model.safetensors")
+        )
         tokenizer.save(str(temporary / "tokenizer.json"))
         publish(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -111,8 +125,12 @@ def save_model(folder: Path, state: Mapping[str, torch.Tensor], config: ModelCon
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full:
             free = shutil.disk_usage(folder.parent).free
-            raise ResourceError(str(folder), f"disk full ({free} bytes free)", "room for the model", "free space") from error
-        raise CheckpointError(str(folder), str(error), "a writable folder", "check its permissions") from error
+            raise ResourceError(
+                str(folder), f"disk full ({free} bytes free)", "room for the model", "free space"
+            ) from error
+        raise CheckpointError(
+            str(folder), str(error), "a writable folder", "check its permissions"
+        ) from error
 
 
 def publish(temporary: Path, folder: Path) -> None:

@@ -55,7 +55,9 @@ class ModelConfig(BaseModel):
         """Read `folder/config.json`; a CheckpointError names what is wrong with it."""
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise CheckpointError(str(path), "no such file", "a model folder in Hugging Face layout", "check the path")
+            raise CheckpointError(
+                str(path), "no such file", "a model folder in Hugging Face layout", "check the path"
+            )
         try:
             values: dict[str, Any] = json.loads(path.read_text())
             return cls.model_validate(values)

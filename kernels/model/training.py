@@ -49,7 +49,9 @@ class TrainingModel(nn.Module):
         compiled: run through torch.compile; one compilation serves every batch shape.
     """
 
-    def __init__(self, transformer: Transformer, precision: Precision = "fp32", compiled: bool = False) -> None:
+    def __init__(
+        self, transformer: Transformer, precision: Precision = "fp32", compiled: bool = False
+    ) -> None:
         super().__init__()
         self.transformer = transformer
         self.precision = precision

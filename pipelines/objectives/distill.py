@@ -42,7 +42,8 @@ class Distill:
         passed = sorted((rollout for rollout in group if rollout.verdict.passed), key=rank)
         best = {id(rollout) for rollout in passed[: self.keep]}
         return [
-            Credit(rollout, float(rollout.verdict.passed), 0.0, float(id(rollout) in best)) for rollout in group
+            Credit(rollout, float(rollout.verdict.passed), 0.0, float(id(rollout) in best))
+            for rollout in group
         ]
 
     def loss(

@@ -59,7 +59,9 @@ def _constant_operations(k: int) -> Iterator[Operation]:
     yield Operation(f"subtract {k}", False, (f"{{v}} - {k}", f"-{k} + {{v}}"), lambda x: x - k)
     yield Operation(f"keep above {k}", True, (f"{{v}} > {k}", f"{k} < {{v}}"), lambda x: x > k)
     yield Operation(f"keep below {k}", True, (f"{{v}} < {k}", f"{k} > {{v}}"), lambda x: x < k)
-    yield Operation(f"keep multiples of {k}", True, (f"{{v}} % {k} == 0", f"not {{v}} % {k}"), lambda x: x % k == 0)
+    yield Operation(
+        f"keep multiples of {k}", True, (f"{{v}} % {k} == 0", f"not {{v}} % {k}"), lambda x: x % k == 0
+    )
 
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -110,7 +112,11 @@ class Specification:
     def evaluate(self, xs: list[int]) -> object:
         """The right answer, computed without any program text."""
         for operation in self.operations:
-            xs = [x for x in xs if operation.apply(x)] if operation.keeps else [int(operation.apply(x)) for x in xs]
+            xs = (
+                [x for x in xs if operation.apply(x)]
+                if operation.keeps
+                else [int(operation.apply(x)) for x in xs]
+            )
         return self.reduction.apply(xs)
 
     def hidden_inputs(self) -> list[list[int]]:
@@ -154,7 +160,11 @@ def specifications(seed: int, *, held_out: bool) -> Iterator[Specification]:
     seen: set[str] = set()
     while True:
         specification = draw_specification(draws)
-        if specification.held_out != held_out or specification.text in seen or not specification.is_checkable():
+        if (
+            specification.held_out != held_out
+            or specification.text in seen
+            or not specification.is_checkable()
+        ):
             continue
         seen.add(specification.text)
         yield specification

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from fewstep.kernels.rows import NO_TARGET, SampleRows
-from fewstep.pipelines.corruption import EDIT_RATE_CAP, MAX_WEIGHT, Sample, edit_state, mask_states, substituted
+from fewstep.pipelines.corruption import (
+    EDIT_RATE_CAP,
+    MAX_WEIGHT,
+    Sample,
+    edit_state,
+    mask_states,
+    substituted,
+)
 from fewstep.platform.rng import generator
 
 MASK, EOS, BLOCK = 2, 1, 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
 from fewstep.kernels.model.config import ModelConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from fewstep.kernels.model.training import RowTensors
 from fewstep.pipelines.objectives.credit import adjacent_surrogate, pairwise_surrogate
 from fewstep.pipelines.objectives.denoise import Denoise
@@ -27,7 +28,9 @@ def _rollout(opened: list[int], passed: bool, sample: int = 0) -> Rollout:
     return Rollout("t", 0, sample, "", trajectory, verdict, 0.0)
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(2, 1.67), (4, 2.57), (8, 3.66), (16, 4.88), (32, 6.18), (64, 7.52)])
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(2, 1.67), (4, 2.57), (8, 3.66), (16, 4.88), (32, 6.18), (64, 7.52)]
+)
 def test_pairwise_surrogate_of_even_trajectories_matches_the_table(steps: int, expected: float) -> None:
     assert pairwise_surrogate(_rollout([64 // steps] * steps, True)) == pytest.approx(expected, abs=0.006)
 
