@@ -1,12 +1,14 @@
 """`fewstep COMMAND [FILE.yaml] [key=value ...] [--key value ...] [--dry-run]`.
 
-Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 bad input (one line), 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 a failure of ours (with its traceback), 2 bad input (one line), 130 Ctrl-C, 141 the reader of the
+output left, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -60,13 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        print("fewstep: error: " + " ".join(str(error).split()), file=sys.stderr)
+        # One raised in an actor arrives wrapped, with the remote traceback as its text and itself as the cause.
+        message = str(getattr(error, "cause", error))
+        print("fewstep: error: " + " ".join(message.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader has left (`fewstep ... | head`). What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import resource
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import yaml
 
 from fewstep.__main__ import main
-from fewstep.cluster.commands import COMMANDS
+from fewstep.cluster.commands import COMMANDS, Command
 from fewstep.platform.config import Config, config_keys
+from fewstep.platform.errors import CheckpointError
 
 HEAVY = ("torch", "ray", "mlflow", "deepspeed", "transformers", "matplotlib", "pandas", "fastapi")
 # Prints which heavy libraries a command line brought in, whatever the way it ended.
@@ -127,6 +129,39 @@ def test_the_installed_command_agrees() -> None:
         [sys.executable, "-m", "fewstep", "generate", "x=1"], check=False, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    # The pipe has no reader from the start, so the first flush fails.
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "fewstep", "generate", "--dry-run"]
+        done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def refuse(config: Config) -> None:
+    """A job whose actor refuses its input."""
+    import ray
+
+    def actor() -> None:
+        raise CheckpointError("model", "half a file", "a whole one", "copy it again")
+
+    ray.get(ray.remote(actor).remote())
+
+
+@pytest.mark.ray
+def test_a_mistake_found_in_an_actor_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = Command("refuses", COMMANDS["generate"].config, f"{__name__}:refuse", ray=True)
+    monkeypatch.setitem(COMMANDS, "refuse", command)
+    assert main(["refuse", "--ray-cpus", "1"]) == 2
+    message = "fewstep: error: model: got half a file; allowed: a whole one; fix: copy it again\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
