@@ -1,0 +1,61 @@
+"""The same answers through both verifiers: in order, with the sandbox's verdicts."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from fewstep.actors.verifier import LocalVerifier, Verifier, VerifierPool
+from fewstep.cluster.session import ray_session
+from fewstep.platform.records import Check, Task
+
+
+def doubling(index: int) -> tuple[Task, str]:
+    """Right for even indices, wrong for odd ones."""
+    check = Check("call", "double", inputs=((index,), (3,)), expected=(2 * index, 6))
+    task = Task(f"double/{index}", "def double(x):\n", check)
+    return task, "    return 2 * x\n" if index % 2 == 0 else "    return x\n"
+
+
+@pytest.mark.parametrize("num_sandboxes", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 10])
+def test_local_verdicts_come_in_order(num_sandboxes: int, count: int) -> None:
+    with LocalVerifier(num_sandboxes) as verifier:
+        verdicts = verifier.verify([doubling(index) for index in range(count)])
+        assert [verdict.passed for verdict in verdicts] == [index % 2 == 0 for index in range(count)]
+        assert all(verdict.isolation == verifier.isolation for verdict in verdicts)
+
+
+def test_the_program_is_prompt_plus_completion() -> None:
+    task, _ = doubling(2)
+    with LocalVerifier() as verifier:
+        outcomes = [
+            verdict.outcome for verdict in verifier.verify([(task, "    return x + x\n"), (task, "return x")])
+        ]
+    assert outcomes == ["passed", "syntax_error"]
+
+
+@pytest.mark.ray
+class TestPool:
+    @pytest.fixture(scope="class")
+    def pool(self) -> Iterator[VerifierPool]:
+        with ray_session(2), VerifierPool(2, num_cpus=0.1) as pool:
+            yield pool
+
+    def test_verdicts_equal_the_local_ones(self, pool: VerifierPool) -> None:
+        answers = [doubling(index) for index in range(50)]
+        with LocalVerifier() as local:
+            expected = [(verdict.outcome, verdict.tests) for verdict in local.verify(answers)]
+        both: list[Verifier] = [pool]
+        for verifier in both:
+            assert [(verdict.outcome, verdict.tests) for verdict in verifier.verify(answers)] == expected
+        assert pool.verify([]) == []
+        assert pool.isolation
+
+    def test_a_broken_check_is_the_callers_error(self, pool: VerifierPool) -> None:
+        with pytest.raises(ValueError, match="call check"):
+            pool.verify([(Task("empty", "def f():\n", Check("call", "f")), "    pass\n")])
+        assert pool.verify([doubling(0)])[0].passed
+
+    def test_workers_are_processes_of_their_own(self, pool: VerifierPool) -> None:
+        assert len({*pool.pids(), os.getpid()}) == 3
