@@ -68,7 +68,7 @@ def measure(
     """
     if not tasks or len({task.task_id for task in tasks}) != len(tasks):
         raise ValueError("a frontier needs at least one task and no task twice")
-    others = [policy for policy in policies if not is_sequential(policy)]
+    others = [policy for policy in dict.fromkeys(policies) if not is_sequential(policy)]
     prompts = [tuple(tokenizer.encode(task.prompt).ids) for task in tasks]
     points = []
     for number, policy in enumerate([SEQUENTIAL, *others], start=1):
