@@ -1,0 +1,109 @@
+"""One Ray Serve replica: an engine on its own thread behind the HTTP application.
+
+`fewstep.actors.replica` is the other kind of replica: it generates rollouts and takes new weights. This one
+answers clients.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from fewstep.platform.errors import ActorDied
+from fewstep.platform.records import DecodePolicy, WeightVersion
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
+
+DEPLOYMENT = "fewstep"
+_DRAIN_S = 5.0
+
+
+class ServingReplica:
+    """Loads a model folder and serves it; one engine, one replica.
+
+    Args:
+        folder: a model folder every node can read.
+        name: the model's name on the wire.
+        policy: what a request that says nothing is decoded with.
+        max_tokens: of one answer when the request does not say.
+        max_sequences: requests denoised together; more wait in the engine.
+        num_threads: of torch.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        name: str,
+        policy: DecodePolicy,
+        max_tokens: int,
+        max_sequences: int,
+        num_threads: int,
+    ) -> None:
+        # A Ray worker imports this module before it knows what it is for; torch only where an engine lives.
+        import torch
+
+        from fewstep.actors.engine.engine import Engine
+        from fewstep.actors.engine.host import EngineHost
+        from fewstep.actors.serving.chat import ChatTemplate
+        from fewstep.actors.serving.service import CompletionService, ServedModel, created_of
+        from fewstep.kernels.model.checkpoint import load_model, state_checksum
+
+        torch.set_num_threads(num_threads)
+        logging.getLogger("fewstep").setLevel(logging.INFO)
+        path = Path(folder)
+        model, tokenizer = load_model(path)
+        version = WeightVersion(name, 0, state_checksum(model.state_dict()))
+        host = EngineHost(Engine(model, tokenizer, max_sequences=max_sequences, weight_version=version))
+        served = ServedModel(
+            name, created_of(path), model.config, tokenizer, ChatTemplate(path), policy, max_tokens
+        )
+        self._service = CompletionService(host, served)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray Serve's hook: the application, built after the constructor."""
+        from fewstep.actors.serving.app import create_app
+
+        return create_app(self._service)
+
+    def check_health(self) -> None:
+        """Ray Serve's hook: an error replaces this replica by a new one."""
+        if not self._service.host.healthy:
+            raise ActorDied("engine", "its thread has ended")
+
+
+def application(
+    folder: Path,
+    name: str,
+    *,
+    policy: DecodePolicy,
+    max_tokens: int,
+    max_sequences: int,
+    num_replicas: int,
+    num_cpus: float,
+) -> Application:
+    """The Ray Serve application of one model.
+
+    Args:
+        num_cpus: logical CPUs of each replica, and torch's threads, at least one.
+        others: as ServingReplica's.
+    """
+    configure: Any = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=num_replicas,
+        # The engine's own queue is the fair one; Serve holds back only what would make replicas uneven.
+        max_ongoing_requests=2 * max_sequences,
+        ray_actor_options={"num_cpus": num_cpus},
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2.0,
+    )
+    ingress = serve.ingress()(ServingReplica)
+    bound: Application = configure(ingress).bind(
+        str(folder), name, policy, max_tokens, max_sequences, max(1, int(num_cpus))
+    )
+    return bound

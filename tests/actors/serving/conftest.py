@@ -1,0 +1,68 @@
+"""A random tiny model behind the real application, on a real socket."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import uvicorn
+from openai import OpenAI
+from tests.actors.serving.tiny import build_tokenizer, save_tiny, tiny_model
+
+from fewstep.actors.engine.engine import Engine
+from fewstep.actors.engine.host import EngineHost
+from fewstep.actors.serving.app import create_app
+from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.serving.service import CompletionService, ServedModel
+from fewstep.platform.records import DecodePolicy, WeightVersion
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def service(model_folder: Path) -> Iterator[CompletionService]:
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    model = tiny_model(tokenizer)
+    engine = Engine(model, tokenizer, max_sequences=8, weight_version=WeightVersion("test", 0, "0" * 32))
+    host = EngineHost(engine)
+    served = ServedModel(
+        name="tiny",
+        created=1_700_000_000,
+        config=model.config,
+        tokenizer=tokenizer,
+        chat=ChatTemplate(model_folder),
+        policy=DecodePolicy(threshold=0.5),
+        max_tokens=24,
+    )
+    yield CompletionService(host, served)
+    host.close()
+
+
+@pytest.fixture(scope="module")
+def url(service: CompletionService) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        deadline = time.monotonic() + 30
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
