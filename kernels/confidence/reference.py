@@ -20,7 +20,7 @@ class RowStats(NamedTuple):
     Attributes:
         token: int64 [M].
         confidence: float32 [M], untempered softmax probability of `token`.
-        logprob: float32 [M], its logarithm; NaN when the row's logits are not usable.
+        logprob: float32 [M], its logarithm; not finite when the row's logits are not usable.
     """
 
     token: torch.Tensor
