@@ -1,0 +1,1 @@
+"""Bringing new weights to running replicas, versioned and proved."""

@@ -1,0 +1,134 @@
+"""Weight sync: one push brings one set of weights to many replicas, and proves that it arrived.
+
+A transport makes the bytes reachable (`publish`); `send` then makes one call per replica, whatever the number
+of tensors, waits for the echoes up to a deadline, and reports. It never raises for a replica: one that is dead,
+slow or holds other bytes is named in the receipt and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fewstep.actors.weight_sync.layout import packed_bytes
+from fewstep.platform.records import WeightVersion
+
+
+@dataclass(frozen=True)
+class Echo:
+    """What a replica says it holds after a push: the version, and the checksum of its own live tensors."""
+
+    version: WeightVersion
+    checksum: str
+
+
+class Payload(Protocol):
+    """A picklable way to the bytes of one push."""
+
+    def open(self) -> AbstractContextManager[dict[str, torch.Tensor]]:
+        """The tensors, valid inside the block only.
+
+        Raises:
+            OSError: the push is over, or this process cannot reach it.
+        """
+
+
+Receiver = Callable[[Payload, WeightVersion], "Future[Echo]"]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One push.
+
+    Attributes:
+        push_id: unique in the run.
+        num_bytes: weights sent to each replica.
+        seconds: from publishing to the last echo or the deadline.
+        num_calls: remote calls made.
+        echoes: by replica, the proved ones.
+        failures: by replica, what went wrong with the others.
+    """
+
+    push_id: str
+    version: WeightVersion
+    transport: str
+    num_bytes: int
+    seconds: float
+    num_calls: int
+    echoes: Mapping[str, Echo]
+    failures: Mapping[str, BaseException]
+
+
+class ChecksumMismatch(Exception):
+    """A replica holds other bytes than were sent."""
+
+
+class WeightTransport(ABC):
+    """How the bytes travel. Subclasses implement `publish`."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self._count = itertools.count()
+
+    @abstractmethod
+    def publish(self, state: Mapping[str, torch.Tensor]) -> AbstractContextManager[Payload]:
+        """Make `state` reachable for the length of a block; a late receiver gets these bytes or an error."""
+
+    def send(
+        self,
+        state: Mapping[str, torch.Tensor],
+        version: WeightVersion,
+        receivers: Mapping[str, Receiver],
+        *,
+        deadline_s: float = 30.0,
+    ) -> Receipt:
+        """Push `state` to every receiver and check each echo against `version`.
+
+        Args:
+            version: its checksum is that of `state` (kernels.model.checkpoint.state_checksum).
+            receivers: by replica name, a call that starts the load and returns its future.
+        """
+        started = time.monotonic()
+        echoes: dict[str, Echo] = {}
+        failures: dict[str, BaseException] = {}
+        with self.publish(state) as payload:
+            futures = {name: receive(payload, version) for name, receive in receivers.items()}
+            wait(futures.values(), timeout=deadline_s)
+            for name, future in futures.items():
+                outcome = _outcome(future, version, deadline_s)
+                if isinstance(outcome, Echo):
+                    echoes[name] = outcome
+                else:
+                    failures[name] = outcome
+        return Receipt(
+            push_id=f"{version.run_id}-{os.getpid()}-{next(self._count)}",
+            version=version,
+            transport=self.name,
+            num_bytes=packed_bytes(state),
+            seconds=time.monotonic() - started,
+            num_calls=len(futures),
+            echoes=echoes,
+            failures=failures,
+        )
+
+
+def _outcome(future: Future[Echo], version: WeightVersion, deadline_s: float) -> Echo | BaseException:
+    if not future.done():
+        return TimeoutError(f"no echo within {deadline_s:g} s")
+    error = future.exception()
+    if error is not None:
+        return error
+    echo = future.result()
+    if echo.version != version or echo.checksum != version.checksum:
+        return ChecksumMismatch(f"sent {version}, it holds {echo.version} with checksum {echo.checksum[:12]}")
+    return echo

@@ -1,0 +1,165 @@
+"""Pushing weights: bytes arrive whole, every echo is checked, no replica can hold up the rest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewstep.actors.weight_sync.base import ChecksumMismatch, Echo, Payload
+from fewstep.actors.weight_sync.layout import Layout, buckets, packed_bytes
+from fewstep.actors.weight_sync.shared_memory import SharedMemoryTransport
+from fewstep.kernels.model.checkpoint import state_checksum
+from fewstep.platform.records import WeightVersion
+
+
+def some_state(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    return {f"layer.{i}": torch.randn(3 + i, 5, generator=draws).to(dtype) for i in range(6)}
+
+
+def version_of(state: dict[str, torch.Tensor], step: int = 1) -> WeightVersion:
+    return WeightVersion("run", step, state_checksum(state))
+
+
+def read(payload: Payload, version: WeightVersion) -> Echo:
+    with payload.open() as state:
+        return Echo(version, state_checksum(state))
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 2**20])
+def test_every_byte_arrives(threads: ThreadPoolExecutor, dtype: torch.dtype, bucket_bytes: int) -> None:
+    state = some_state(dtype=dtype)
+    version = version_of(state)
+    transport = SharedMemoryTransport(bucket_bytes)
+    receipt = transport.send(state, version, {"a": lambda p, v: threads.submit(read, p, v)})
+    assert receipt.failures == {}
+    assert receipt.echoes == {"a": Echo(version, version.checksum)}
+    assert receipt.num_bytes == packed_bytes(state)
+    assert receipt.num_calls == 1  # whatever the number of tensors and buckets
+
+
+@given(st.lists(st.integers(1, 400), max_size=12), st.integers(1, 2000))
+def test_buckets_keep_order_and_limit(sizes: list[int], limit: int) -> None:
+    state = {f"t{i}": torch.zeros(size, dtype=torch.uint8) for i, size in enumerate(sizes)}
+    groups = buckets(state, limit)
+    assert [name for group in groups for name in group] == list(state)
+    assert all(len(group) == 1 or Layout.of(group).num_bytes <= limit for group in groups)
+
+
+def test_another_process_reads_the_bytes(tmp_path: Path) -> None:
+    """A real second process: what a replica does, without Ray."""
+    import pickle
+
+    state = some_state()
+    version = version_of(state)
+    script = (
+        "import pickle, sys\n"
+        "from fewstep.kernels.model.checkpoint import state_checksum\n"
+        "payload = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "with payload.open() as state: print(state_checksum(state))\n"
+    )
+    with SharedMemoryTransport().publish(state) as payload:
+        (tmp_path / "payload").write_bytes(pickle.dumps(payload))
+        command = [sys.executable, "-c", script, str(tmp_path / "payload")]
+        first = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert first.stdout.strip() == version.checksum
+    late = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert late.returncode != 0
+    assert "FileNotFoundError" in late.stderr
+
+
+def test_a_late_receiver_never_reads_a_reused_descriptor(tmp_path: Path) -> None:
+    state = some_state()
+    with SharedMemoryTransport().publish(state) as payload:
+        pass
+    other = tmp_path / "other"
+    other.write_bytes(b"x" * 10_000)
+    number = payload.regions[0].descriptor
+    opened = os.open(other, os.O_RDONLY)
+    os.dup2(opened, number)
+    try:
+        with pytest.raises(FileNotFoundError, match="push is over"), payload.open():
+            pytest.fail("the block must not run")
+    finally:
+        os.close(opened)
+        if opened != number:
+            os.close(number)
+
+
+def test_a_receiver_cannot_change_the_senders_bytes(threads: ThreadPoolExecutor) -> None:
+    state = some_state()
+    with SharedMemoryTransport().publish(state) as payload:
+        with payload.open() as first:
+            for tensor in first.values():
+                tensor.zero_()
+        with payload.open() as second:
+            assert state_checksum(second) == state_checksum(state)
+
+
+def test_no_descriptor_is_left_open(threads: ThreadPoolExecutor) -> None:
+    state = some_state()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        SharedMemoryTransport(64).send(
+            state, version_of(state), {"a": lambda p, v: threads.submit(read, p, v)}
+        )
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_wrong_echo_a_death_and_a_hang_do_not_spoil_the_rest(threads: ThreadPoolExecutor) -> None:
+    state = some_state()
+    version = version_of(state)
+
+    def corrupt(payload: Payload, asked: WeightVersion) -> Echo:
+        with payload.open() as received:
+            next(iter(received.values()))[0, 0] += 1e-3
+            return Echo(asked, state_checksum(received))
+
+    def behind(payload: Payload, asked: WeightVersion) -> Echo:
+        return replace(read(payload, asked), version=WeightVersion("run", 0, asked.checksum))
+
+    def dead(payload: Payload, asked: WeightVersion) -> Echo:
+        raise ConnectionError("gone")
+
+    hung: Future[Echo] = Future()
+    receivers = {
+        "hung": lambda p, v: hung,
+        "dead": lambda p, v: threads.submit(dead, p, v),
+        "corrupt": lambda p, v: threads.submit(corrupt, p, v),
+        "behind": lambda p, v: threads.submit(behind, p, v),
+        "good": lambda p, v: threads.submit(read, p, v),
+    }
+    started = time.monotonic()
+    receipt = SharedMemoryTransport().send(state, version, receivers, deadline_s=0.5)
+    assert time.monotonic() - started < 5
+    assert list(receipt.echoes) == ["good"]
+    assert {name: type(error) for name, error in receipt.failures.items()} == {
+        "hung": TimeoutError,
+        "dead": ConnectionError,
+        "corrupt": ChecksumMismatch,
+        "behind": ChecksumMismatch,
+    }
+
+
+def test_push_ids_differ(threads: ThreadPoolExecutor) -> None:
+    transport, state = SharedMemoryTransport(), some_state()
+    ids = {transport.send(state, version_of(state), {}).push_id for _ in range(3)}
+    assert len(ids) == 3
