@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from fewstep.actors.replica import ReplicaPool
+from fewstep.actors.replica import ReplicaSettings
+from fewstep.actors.replica_pool import ReplicaPool
 from fewstep.actors.trainer import TrainerGroup
 from fewstep.actors.verifier import VerifierPool
 from fewstep.kernels.model.checkpoint import load_tokenizer, save_model, state_checksum
@@ -85,10 +86,10 @@ def run(config: RefineConfig) -> RefineResult:
     held_out = family_tasks(config.num_eval_tasks, HELD_OUT_SEED, held_out=True)
     with ExitStack() as stack:
         tracker = stack.enter_context(open_tracker(config, held_out))
-        pool = ReplicaPool(
-            folder, config.num_replicas, max_sequences=config.max_sequences, run_id=tracker.run_id
+        settings = ReplicaSettings(max_sequences=config.max_sequences, num_cpus=config.replica_cpus)
+        pool = stack.enter_context(
+            ReplicaPool(folder, config.num_replicas, run_id=tracker.run_id, settings=settings)
         )
-        stack.callback(pool.close)
         verifiers = stack.enter_context(VerifierPool(config.num_verifiers))
         trainer = TrainerGroup(
             model, folder, config.trainer, OBJECTIVES.get(config.objective, config.objective),
@@ -112,7 +113,7 @@ def run(config: RefineConfig) -> RefineResult:
             "refine_seconds": refine_seconds,
             "total_seconds": time.monotonic() - started,
             "settings": config.model_dump(mode="json"),
-            "replicas_replaced": pool.replaced,
+            "replicas_replaced": sum(member.restarts for member in pool.fleet.members.values()),
             "verifiers_replaced": verifiers.replaced,
             "isolation": verifiers.isolation,
         }

@@ -149,8 +149,10 @@ class RefineConfig(Config):
     max_sequences: int = Field(default=48, ge=1)
     """Requests that share a forward in one replica."""
     trainer: TrainerSettings = TrainerSettings(num_ranks=2, precision="bf16", micro_rows=4096)
+    replica_cpus: float = Field(default=0.5, gt=0.0)
+    """Logical CPUs a replica reserves; replicas and trainer ranks take turns, so they may share the cores."""
     trainer_cpus: float = Field(default=0.4, gt=0.0)
-    """Logical CPUs a trainer rank reserves; replicas and ranks take turns, so together they may fill the machine."""
+    """Logical CPUs a trainer rank reserves."""
     sweep: Sweep = Sweep()
     num_eval_tasks: int = Field(default=500, ge=1)
     """Distinct held-out specifications the frontier is measured on, before and after."""

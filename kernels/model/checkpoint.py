@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,7 +13,8 @@ from tokenizers import Tokenizer
 
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.platform.errors import CheckpointError, ResourceError
+from fewstep.platform.artifacts import atomic_folder
+from fewstep.platform.errors import CheckpointError
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -109,42 +105,19 @@ def load_model(folder: Path) -> tuple[Transformer, Tokenizer]:
 def save_model(
     folder: Path, state: Mapping[str, torch.Tensor], config: ModelConfig, tokenizer: Tokenizer
 ) -> None:
-    """Write a model folder atomically: a temporary sibling, then a rename; a half-written one never appears."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """Write a model folder whole or not at all; an older one of that name is replaced.
+
+    Raises:
+        ResourceError: the disk is full.
+        CheckpointError: the folder cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        (temporary / "config.json").write_text(config.dump())
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in state.items()}, str(temporary / "model.safetensors")
-        )
-        tokenizer.save(str(temporary / "tokenizer.json"))
-        publish(temporary, folder)
+        with atomic_folder(Path(folder)) as temporary:
+            (temporary / "config.json").write_text(config.dump())
+            save_file(tensors, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+            tokenizer.save(str(temporary / "tokenizer.json"))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if full:
-            free = shutil.disk_usage(folder.parent).free
-            raise ResourceError(
-                str(folder), f"disk full ({free} bytes free)", "room for the model", "free space"
-            ) from error
         raise CheckpointError(
             str(folder), str(error), "a writable folder", "check its permissions"
         ) from error
-
-
-def publish(temporary: Path, folder: Path) -> None:
-    """Move a finished temporary folder into place; an older one of that name is replaced."""
-    os.chmod(temporary, 0o755)
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.rename(folder, old / folder.name)
-        os.rename(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, folder)
-
-
-def to_numpy(state: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Detached host copies, for transport."""
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
