@@ -118,8 +118,9 @@ class VerifierPool:
         self._ray = ray
         self._limits = limits or Limits()
         # Two at once: a worker says who it is while it judges. Its sandbox takes one program at a time anyway.
-        options = {"num_cpus": num_cpus, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2}
-        self._actor: Any = ray.remote(**options)(VerifierWorker)
+        self._actor: Any = ray.remote(VerifierWorker).options(
+            num_cpus=num_cpus, max_restarts=0, max_task_retries=0, max_concurrency=2
+        )
         self._workers: list[Any] = []
         self.replaced = 0
         try:

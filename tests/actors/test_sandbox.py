@@ -7,7 +7,9 @@ from threading import Timer
 
 import pytest
 
+from fewstep.actors.sandbox import launcher
 from fewstep.actors.sandbox.sandbox import Limits, Sandbox
+from fewstep.platform.errors import ResourceError
 from fewstep.platform.records import Check
 
 TRIPLE = Check("call", "f", inputs=tuple((x,) for x in range(4)), expected=tuple(3 * x for x in range(4)))
@@ -179,3 +181,10 @@ def test_long_programs_fail_unread() -> None:
         verdict = box.run("#" * 200, TRIPLE, 1.0)
         assert verdict.outcome == "runtime_error"
         assert "100 bytes" in verdict.detail
+
+
+def test_a_host_that_cannot_isolate_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "plans", lambda mode: [])
+    with pytest.raises(ResourceError, match="sandbox isolation") as caught:
+        Sandbox()
+    assert "\n" not in str(caught.value)
