@@ -222,9 +222,10 @@ class TrainerGroup:
     ) -> None:
         import ray
 
-        self._ray, self.settings = ray, settings
-        actor = ray.remote(num_cpus=num_cpus, max_restarts=0)(TrainerRank)
-        self._ranks = [
+        self._ray: Any = ray
+        self.settings = settings
+        actor: Any = ray.remote(num_cpus=num_cpus, max_restarts=0)(TrainerRank)
+        self._ranks: list[Any] = [
             actor.remote(config, initial, settings, objective, options or {})
             for _ in range(settings.num_ranks)
         ]

@@ -7,12 +7,15 @@ A sequence of one sample becomes its clean rows (copy 0) followed by any number 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 PAD_COPY = -1
 NO_TARGET = -1
+
+Number = TypeVar("Number", np.int64, np.float32)
 
 
 @dataclass
@@ -84,18 +87,24 @@ class RowBatch:
         """Pad samples to the longest."""
         longest = max(len(sample.tokens) for sample in samples)
 
-        def pad(name: str, value: float, dtype: type) -> NDArray[np.float32] | NDArray[np.int64]:
-            out = np.full((len(samples), longest), value, dtype)
-            for row, sample in zip(out, samples, strict=True):
-                array = getattr(sample, name) if hasattr(sample, name) else sample.extras[name]
-                row[: len(array)] = array
-            return out
+        def integers(name: str, value: int) -> NDArray[np.int64]:
+            return _padded([getattr(sample, name) for sample in samples], longest, np.int64(value))
+
+        def floats(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+            return _padded(arrays, longest, np.float32(0))
 
         return cls(
-            tokens=pad("tokens", pad_token, np.int64),
-            positions=pad("positions", 0, np.int64),
-            copies=pad("copies", PAD_COPY, np.int64),
-            targets=pad("targets", NO_TARGET, np.int64),
-            weights=pad("weights", 0.0, np.float32),
-            extras={name: pad(name, 0.0, np.float32) for name in samples[0].extras},
+            tokens=integers("tokens", pad_token),
+            positions=integers("positions", 0),
+            copies=integers("copies", PAD_COPY),
+            targets=integers("targets", NO_TARGET),
+            weights=floats([sample.weights for sample in samples]),
+            extras={name: floats([sample.extras[name] for sample in samples]) for name in samples[0].extras},
         )
+
+
+def _padded(arrays: list[NDArray[Number]], length: int, value: Number) -> NDArray[Number]:
+    out = np.full((len(arrays), length), value, dtype=value.dtype)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return out

@@ -22,7 +22,14 @@ from fewstep.pipelines.corruption import Sample, edit_state, mask_states
 from fewstep.pipelines.figures import PRETRAIN_PANELS, draw_curves
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
-from fewstep.pipelines.tasks.vocabulary import EOS, MASK, PAD, build_tokenizer, encode_pair, family_ids
+from fewstep.pipelines.tasks.vocabulary import (
+    EOS_ID,
+    MASK_ID,
+    PAD_ID,
+    build_tokenizer,
+    encode_pair,
+    family_ids,
+)
 from fewstep.platform.artifacts import atomic_folder, atomic_write_text
 from fewstep.platform.config import render_config
 from fewstep.platform.errors import ConfigError
@@ -64,7 +71,6 @@ class Batches:
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer) -> None:
         self._config, self._tokenizer = config, tokenizer
-        self._eos, self._mask = tokenizer.token_to_id(EOS), tokenizer.token_to_id(MASK)
         self._vocabulary = family_ids(tokenizer)
 
     def draw(self, step: int) -> list[SampleRows]:
@@ -78,13 +84,13 @@ class Batches:
     def _sample(self, plan: Plan, step: int, index: int) -> SampleRows:
         draws = generator("pretrain", self._config.seed, step, index)
         tokens, num_prompt = encode_pair(self._tokenizer, *draw_pair(draws))
-        sample = Sample.padded(tokens, num_prompt, plan.block_size, self._eos)
+        sample = Sample.padded(tokens, num_prompt, plan.block_size, EOS_ID)
         rows = SampleRows.clean(sample.tokens)
         mask_states(
             sample,
             rows,
             block_size=plan.block_size,
-            mask_token=self._mask,
+            mask_token=MASK_ID,
             min_rate=self._config.min_mask_rate,
             complementary=self._config.complementary,
             draws=draws,
@@ -139,9 +145,9 @@ def model_of(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         **sizes,
         head_dim=config.model.hidden_size // config.model.num_attention_heads,
         vocab_size=tokenizer.get_vocab_size(),
-        mask_token_id=tokenizer.token_to_id(MASK),
-        eos_token_id=tokenizer.token_to_id(EOS),
-        pad_token_id=tokenizer.token_to_id(PAD),
+        mask_token_id=MASK_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
     )
 
 

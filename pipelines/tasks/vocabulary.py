@@ -15,6 +15,7 @@ from fewstep.platform.rng import generator
 
 PAD, EOS, MASK = "<|pad|>", "<|eos|>", "<|mask|>"
 SPECIAL = (PAD, EOS, MASK)
+PAD_ID, EOS_ID, MASK_ID = range(len(SPECIAL))
 # Indentation, triple quotes, two-character operators, optionally spaced words, digits, any other character.
 WORD_PATTERN = r'\n *|"""| ?(?:==|!=|\*\*)|\[\]|\):| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z0-9_]|\s'
 
@@ -62,4 +63,4 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, body: str) -> tuple[NDArray[n
     """Token ids of prompt + body + end of sequence (int64) and the number of prompt tokens."""
     prompt_ids = tokenizer.encode(prompt).ids
     body_ids = tokenizer.encode(body).ids
-    return np.array([*prompt_ids, *body_ids, tokenizer.token_to_id(EOS)], np.int64), len(prompt_ids)
+    return np.array([*prompt_ids, *body_ids, EOS_ID], np.int64), len(prompt_ids)
