@@ -36,9 +36,13 @@ class Strip:
 
 
 def token_texts(tokenizer: Tokenizer, trajectory: Trajectory) -> list[str]:
-    """The text of each canvas position on its own, special tokens by name; `⏎` breaks a line, `›` indents by four."""
+    """The text of each canvas position on its own, special tokens by name.
+
+    `⏎` breaks a line, `›` indents by four, `·` is a character that cannot be shown, or no text at all.
+    """
     texts = (tokenizer.decode([int(token)], skip_special_tokens=False) for token in trajectory.canvas_ids)
-    return [text.replace("\n", "⏎").replace("    ", "›") or "·" for text in texts]
+    shown = (text.replace("\n", "⏎").replace("    ", "›") for text in texts)
+    return ["".join(c if c.isprintable() else "·" for c in text) or "·" for text in shown]
 
 
 def draw_film_strips(path: Path, strips: Sequence[Strip], block_size: int) -> None:

@@ -159,6 +159,11 @@ def cheapest_within(points: Sequence[FrontierPoint], bar: float) -> FrontierPoin
     return min(good, key=lambda point: (point.forwards_per_answer, -point.pass_at_1), default=None)
 
 
+def quality_bar(points: Sequence[FrontierPoint]) -> float:
+    """pass@1 that counts as equally good: the reference's, less `TOLERANCE`."""
+    return max(0.0, sequential_point(points).pass_at_1 - TOLERANCE)
+
+
 @dataclass(frozen=True)
 class Speedup:
     """How many times fewer forwards a refined model needs at the same quality.
@@ -199,8 +204,7 @@ def compare(before: Sequence[FrontierPoint], after: Sequence[FrontierPoint]) -> 
     """Both models held to the same bar. Raises ValueError on frontiers over different numbers of tasks."""
     if len({point.num_tasks for point in (*before, *after)}) != 1:
         raise ValueError("frontiers over different numbers of tasks cannot be compared")
-    sequential = sequential_point(before)
-    bar = sequential.pass_at_1 - TOLERANCE
+    sequential, bar = sequential_point(before), quality_bar(before)
     rival, refined = cheapest_within(before, bar) or sequential, cheapest_within(after, bar)
     if refined is None:
         return Speedup(bar, sequential, rival, None, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import struct
 from collections.abc import Callable
@@ -167,6 +168,12 @@ def test_texts_of_a_canvas_join_to_the_answer() -> None:
     texts = token_texts(tokenizer(), answer)
     text = "".join(texts).replace("›", "    ").replace("⏎", "\n")
     assert text == tasks(1, seed=0, held_out=True)[0].canonical_solution + "<|eos|>"
+
+
+def test_what_has_no_glyph_is_shown_as_a_dot() -> None:
+    answer = trajectory(3)
+    ids = np.array([tokenizer().encode("\x05").ids[0], tokenizer().token_to_id("<|mask|>")], np.int32)
+    assert token_texts(tokenizer(), dataclasses.replace(answer, canvas_ids=ids)) == ["·", "<|mask|>"]
 
 
 def test_colours_tell_new_old_masked_and_later_blocks() -> None:
