@@ -73,6 +73,10 @@ class Fleet:
     def state(self, name: str) -> State:
         return self.members[name].state
 
+    def quiet_s(self, name: str) -> float:
+        """Seconds since its last sign of life."""
+        return self._clock() - self.members[name].seen
+
     def started(self, name: str) -> None:
         """Its process answers; it holds no weights that count yet."""
         member = self._in(name, State.RESTARTING)
@@ -107,7 +111,7 @@ class Fleet:
         """Judge the silence of members that owe an answer; returns those it just declared dead."""
         died = []
         for member in map(self.members.__getitem__, busy):
-            quiet = self._clock() - member.seen
+            quiet = self.quiet_s(member.name)
             if member.state in (State.HEALTHY, State.SUSPECT, State.STALE) and quiet > self._dead_after_s:
                 self.died(member.name, f"no sign of life for {quiet:.0f} s")
                 died.append(member.name)
