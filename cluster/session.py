@@ -138,21 +138,11 @@ def _check_before_start(need: Mapping[str, float], free: Mapping[str, float]) ->
 
 @contextmanager
 def _local(cpus: int, object_store_bytes: int, keep_logs: Path | None) -> Iterator[Session]:
-    import ray
-
     folder = _short_folder()
     before = set(_children(os.getpid()))
     with _environment({**WORKER_ENV, **_RAY_ENV, **_own_token(folder)}):
         try:
-            context: Any = ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=object_store_bytes,
-                _temp_dir=str(folder),
-            )
+            context = _start_local(cpus, object_store_bytes, folder, before)
             log_folder = Path(context.address_info["session_dir"]) / "logs"
             yield Session(context.address_info["gcs_address"], float(cpus), log_folder)
         except BaseException:
@@ -161,10 +151,45 @@ def _local(cpus: int, object_store_bytes: int, keep_logs: Path | None) -> Iterat
             raise
         finally:
             with _no_interrupts():
-                started = _tree(set(_children(os.getpid())) - before)
-                ray.shutdown()
-                _end(started)
+                _stop_local(before)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_local(cpus: int, object_store_bytes: int, folder: Path, before: set[int]) -> Any:
+    """ray.init, tried twice: its node must register within 30 s, which a crowded machine can miss."""
+    import ray
+
+    for last_try in (False, True):
+        try:
+            return ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=object_store_bytes,
+                _temp_dir=str(folder),
+            )
+        except Exception as error:  # a start that fails is a bare Exception of Ray's
+            _stop_local(before)
+            if last_try:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ResourceError(
+                    "ray",
+                    f"no start ({reason})",
+                    "a local Ray that starts within 30 s",
+                    "free some CPU and memory",
+                ) from error
+            logger.warning("Ray did not start (%s); trying once more", error)
+
+
+def _stop_local(before: set[int]) -> None:
+    """Shut Ray down and make sure that every process begun since `before` was taken is gone."""
+    import ray
+
+    started = _tree(set(_children(os.getpid())) - before)
+    ray.shutdown()
+    _end(started)
 
 
 @contextmanager

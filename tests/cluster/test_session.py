@@ -162,6 +162,17 @@ def _command(pid: int) -> str:
         return ""
 
 
+def test_a_ray_that_does_not_start_is_one_clear_line_and_leaves_nothing() -> None:
+    before = set(session_module._children(os.getpid()))
+    with (
+        pytest.raises(ResourceError, match="ray: got no start") as caught,
+        ray_session(1, object_store_bytes=1),
+    ):
+        pytest.fail("the block must not run")
+    assert "\n" not in str(caught.value)
+    assert set(session_module._children(os.getpid())) == before
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:99999"])
 def test_an_unreachable_cluster_is_one_clear_line_soon(address: str) -> None:
     started = time.monotonic()
