@@ -164,6 +164,20 @@ def test_max_tokens_only_truncates() -> None:
         assert cut.forwards <= whole.forwards
 
 
+def test_an_end_of_sequence_counts_if_it_fits_and_only_then() -> None:
+    requests = [Request(str(i), (i, 4, 5), ONE_BY_ONE, max_tokens=60) for i in range(3, 30)]
+    free = engine_of().generate(requests)
+    stopped = [(r, t.num_tokens) for r, t in zip(requests, free, strict=True) if t.finish_reason == "stop"]
+    assert stopped
+    for request, size in stopped:
+        model = build_model()
+        for limit, reason in ((size, "stop"), (size - 1, "length")):
+            cut = dataclasses.replace(request, max_tokens=limit)
+            trajectory = engine_of().generate([cut])[0]
+            assert (trajectory.num_tokens, trajectory.finish_reason) == (limit, reason)
+            assert_same(trajectory, plain_decode(model, cut))
+
+
 def test_an_end_of_sequence_in_the_prompt_ends_nothing() -> None:
     request = Request("a", (4, EOS, 6), ONE_BY_ONE, max_tokens=13)
     assert_same(engine_of().generate([request])[0], plain_decode(build_model(), request))
