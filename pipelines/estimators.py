@@ -25,7 +25,8 @@ class Slices:
 
     Attributes:
         tokens: int64 [S], clean tokens from the first generated block's start; positions: int64 [S].
-        local_step: int64 [S], forwards the row's block had seen before the row was written; prompt rows -1.
+        local_step: int64 [S], forwards the row's block had seen before the row was written; -1 for prompt rows and
+            for positions never written, whose token is the mask in every state.
         chosen: bool [S], written by the model's own choice (not prompt, not end-of-sequence filling).
         logprob: float32 [S], recorded at commit; 0 where not chosen.
         num_rounds: the largest number of forwards any block took.

@@ -75,7 +75,7 @@ class Trajectory:
             end-of-sequence token inside the last block.
         step_map: int16 [N], the step at which the position was written; positions filled with end-of-sequence
             because an earlier one was committed carry that step and a NaN confidence (nobody chose them);
-            -1 = never written (masks left behind an end of sequence never occur, after an abort they do).
+            -1 = never written: the token is still the mask (after an abort, a stop string or `length`).
         confidence: float32 [N], untempered probability of the token at commit; NaN = not chosen by the model.
         logprob: float32 [N], log-probability of the token under the sampling distribution's untempered model
             at commit; NaN = not chosen by the model.
@@ -155,8 +155,8 @@ class Check:
     call: `entry_point` is called with each of `inputs` (positional arguments as JSON lists) inside the
         sandbox; what it returns is sent out and compared with `expected` outside, so the program never sees
         the right answers.
-    script: `test_code` runs after the program in the same interpreter (HumanEval shape: it must define
-        `check(candidate)`), and passes if it returns.
+    script: `test_code` (HumanEval shape: it must define `check(candidate)`) runs in a sandboxed process of its
+        own, calls the program by message, and passes if it returns.
     """
 
     kind: Literal["call", "script"]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from fewstep.cluster.commands import COMMANDS, Command
 from fewstep.platform.config import ConfigKey, config_keys, load_config, render_config
-from fewstep.platform.errors import ConfigError, UserError
+from fewstep.platform.errors import ConfigError, FewstepError, UserError
 from fewstep.platform.registry import nearest
 
 _USAGE = "fewstep COMMAND [FILE.yaml] [key=value ...] [--key value ...] [--dry-run]"
@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except UserError as error:
+    except FewstepError as error:
         # One raised in an actor arrives wrapped, with the remote traceback as its text and itself as the cause.
         message = str(getattr(error, "cause", error))
         print("fewstep: error: " + " ".join(message.split()), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)
         return 130
