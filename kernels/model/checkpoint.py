@@ -117,6 +117,8 @@ def save_model(
             (temporary / "config.json").write_text(config.dump())
             save_file(tensors, str(temporary / "model.safetensors"), metadata={"format": "pt"})
             tokenizer.save(str(temporary / "tokenizer.json"))
+            for file in temporary.iterdir():
+                file.chmod(0o644)  # safetensors makes its file readable by the owner alone
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             str(folder), str(error), "a writable folder", "check its permissions"
