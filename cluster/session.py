@@ -171,8 +171,8 @@ def _start_local(cpus: int, object_store_bytes: int, folder: Path, before: set[i
                 _temp_dir=str(folder),
             )
         except Exception as error:  # a start that fails is a bare Exception of Ray's
-            _stop_local(before)
-            if last_try:
+            _stop_local(before, grace_s=0.0)  # Ray does not end the processes of a start that failed
+            if last_try or isinstance(error, ValueError):
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ResourceError(
                     "ray",
@@ -183,13 +183,13 @@ def _start_local(cpus: int, object_store_bytes: int, folder: Path, before: set[i
             logger.warning("Ray did not start (%s); trying once more", error)
 
 
-def _stop_local(before: set[int]) -> None:
+def _stop_local(before: set[int], grace_s: float = _GRACE_S) -> None:
     """Shut Ray down and make sure that every process begun since `before` was taken is gone."""
     import ray
 
     started = _tree(set(_children(os.getpid())) - before)
     ray.shutdown()
-    _end(started)
+    _end(started, grace_s)
 
 
 @contextmanager
@@ -347,17 +347,19 @@ def _alive(processes: Mapping[int, str]) -> list[int]:
     ]
 
 
-def _end(processes: Mapping[int, str]) -> None:
-    """Wait for processes to end by themselves, then kill the rest."""
-    deadline = time.monotonic() + _GRACE_S
+def _end(processes: Mapping[int, str], grace_s: float) -> None:
+    """Wait for processes to end by themselves, then kill the rest and reap our own children among them."""
+    deadline = time.monotonic() + grace_s
     while (left := _alive(processes)) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in left:
-        logger.warning("Ray process %d outlived its session by %.0f s and was killed", pid, _GRACE_S)
+        if grace_s:
+            logger.warning("Ray process %d outlived its session by %.0f s and was killed", pid, grace_s)
         try:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue  # it ended between the look and the kill
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            continue  # it ended between the look and the kill, or is somebody else's child
 
 
 def _copy_logs(folder: Path, target: Path) -> None:

@@ -19,13 +19,13 @@ from fewstep.platform.errors import ResourceError
 
 
 def test_local_resources_are_checked_before_anything_starts() -> None:
-    started = time.monotonic()
+    before = set(session_module._children(os.getpid()))
     with (
         pytest.raises(ResourceError, match=r"CPU: got 3 asked for; allowed: at most 2 "),
         ray_session(2, need={"CPU": 3}),
     ):
         pytest.fail("the block must not run")
-    assert time.monotonic() - started < 2  # a Ray start takes longer
+    assert set(session_module._children(os.getpid())) == before
 
 
 def test_num_cpus_of_a_joined_cluster_is_refused() -> None:
@@ -48,19 +48,19 @@ def test_a_users_auth_mode_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stubborn_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "_GRACE_S", 0.2)
+def test_a_stubborn_process_is_killed() -> None:
     stubborn = subprocess.Popen(["sleep", "60"])
     tree = session_module._tree({stubborn.pid})
     assert set(tree) == {stubborn.pid}
-    session_module._end(tree)
-    assert stubborn.wait(5) == -signal.SIGKILL
+    session_module._end(tree, 0.2)
+    assert session_module._stat(stubborn.pid) is None
+    stubborn.wait()
 
 
 def test_a_reused_pid_is_not_killed() -> None:
     bystander = subprocess.Popen(["sleep", "60"])
     try:
-        session_module._end({bystander.pid: "1"})
+        session_module._end({bystander.pid: "1"}, 0.2)
         assert bystander.poll() is None
     finally:
         bystander.kill()
@@ -128,10 +128,7 @@ DRIVER = textwrap.dedent(
     ("number", "code"),
     [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
 )
-def test_nothing_outlives_a_signalled_driver(
-    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_module, "_GRACE_S", 0.0)
+def test_nothing_outlives_a_signalled_driver(number: signal.Signals, code: int) -> None:
     command = [sys.executable, "-c", DRIVER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
         assert driver.stdout is not None
@@ -148,9 +145,8 @@ def test_nothing_outlives_a_signalled_driver(
     assert session_module._alive(must_end) == []
     if number == signal.SIGKILL:
         shutil.rmtree(logs.parents[1])
-        session_module._end(
-            {pid: started[pid] for pid in agents}
-        )  # Ray gives them a minute; the test does not
+        # Ray gives its agents a minute; the test does not.
+        session_module._end({pid: started[pid] for pid in agents}, 0.0)
     else:
         assert not logs.parents[1].exists()
 
@@ -179,4 +175,4 @@ def test_an_unreachable_cluster_is_one_clear_line_soon(address: str) -> None:
     with pytest.raises(ResourceError, match=f"ray address {address}") as caught, ray_session(address=address):
         pytest.fail("the block must not run")
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60  # Ray alone tries for five minutes
