@@ -11,9 +11,8 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -24,54 +23,24 @@ from fewstep.actors.trainer import TrainerGroup
 from fewstep.actors.verifier import VerifierPool
 from fewstep.kernels.model.checkpoint import load_tokenizer, save_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.pipelines.figures import Panel, draw_curves, draw_frontier, draw_steps_histogram
-from fewstep.pipelines.frontier import (
-    Speedup,
-    accuracy_under_parallelism,
-    compare,
-    measure,
-    point_record,
-    speedup_record,
-)
-from fewstep.pipelines.frontier_table import comparison_table
+from fewstep.pipelines.frontier import measure
 from fewstep.pipelines.models import model_folder
 from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.objectives.credit import RefineObjective
-from fewstep.pipelines.publish import publish_model
 from fewstep.pipelines.refine import Progress, Workers, refine
+from fewstep.pipelines.refine_report import RefineResult, conclude
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.tasks.family import tasks as family_tasks
-from fewstep.platform.artifacts import atomic_folder, atomic_write_text, git_commit, machine_info
+from fewstep.platform.artifacts import atomic_folder, atomic_write_text
 from fewstep.platform.config import render_config
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_store import sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
-from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout, Task, WeightVersion
+from fewstep.platform.records import FrontierPoint, Rollout, Task, WeightVersion
 from fewstep.platform.registry import resolve
-from fewstep.platform.trajectories import read_rollouts, write_rollouts
+from fewstep.platform.trajectories import write_rollouts
 
 HELD_OUT_SEED = 0
-REFINE_PANELS = (
-    Panel("reward/pass_rate", "share of rollouts that pass"),
-    Panel("rollout/forwards_per_answer", "forwards per rollout"),
-    Panel("rollout/tokens_per_forward", "tokens per forward (TPF)"),
-    Panel("rollout/threshold", "the sampler's confidence threshold"),
-)
-
-
-@dataclass(frozen=True)
-class RefineResult:
-    """What a refine run came to; `report` is what report.json holds."""
-
-    model: Path
-    model_uri: str
-    tracking_uri: str
-    run_id: str
-    how_to_open: str
-    served_policy: DecodePolicy
-    speedup: Speedup
-    table: str
-    report: dict[str, Any]
 
 
 def run(config: RefineConfig) -> RefineResult:
@@ -108,8 +77,7 @@ def run(config: RefineConfig) -> RefineResult:
         refine_seconds = time.monotonic() - refine_started
         after = frontier.measure("after")
         save_model(config.out / "model", trainer.state(), model, tokenizer)
-        report = {
-            **_report(before, after, progress),
+        extra = {
             "refine_seconds": refine_seconds,
             "total_seconds": time.monotonic() - started,
             "settings": config.model_dump(mode="json"),
@@ -117,7 +85,7 @@ def run(config: RefineConfig) -> RefineResult:
             "verifiers_replaced": verifiers.replaced,
             "isolation": verifiers.isolation,
         }
-        return _conclude(config, tracker, before, after, progress, report)
+        return conclude(config, tracker, tokenizer, before, after, progress, extra)
 
 
 def make_objective(config: RefineConfig) -> RefineObjective:
@@ -228,85 +196,3 @@ def _checkpointing(
     trainer.load(path.resolve())
     print(f"resumed at step {saved['step']}", flush=True)
     return Progress(**saved), save
-
-
-def _report(before: list[FrontierPoint], after: list[FrontierPoint], progress: Progress) -> dict[str, Any]:
-    speedup = compare(before, after)
-    return {
-        **speedup_record(speedup),
-        "frontier_before": [point_record(point) for point in before],
-        "frontier_after": [point_record(point) for point in after],
-        "aup_before": accuracy_under_parallelism(before),
-        "aup_after": accuracy_under_parallelism(after),
-        "steps": progress.step,
-        "machine": machine_info(),
-        "commit": git_commit(),
-    }
-
-
-def _conclude(
-    config: RefineConfig,
-    tracker: MlflowTracker,
-    before: list[FrontierPoint],
-    after: list[FrontierPoint],
-    progress: Progress,
-    report: dict[str, Any],
-) -> RefineResult:
-    """Files, figures, MLflow and the registry, from what was measured."""
-    speedup, out = compare(before, after), config.out
-    table = comparison_table(before, after, speedup)
-    atomic_write_text(out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in progress.history))
-    draw_frontier(out / "frontier.png", before, after, speedup=speedup)
-    if progress.history:
-        draw_curves(out / "curves.png", {config.objective: progress.history}, REFINE_PANELS)
-    chosen = speedup.after or after[0]
-    draw_steps_histogram(
-        out / "steps.png",
-        [t.trajectory for t in _kept(out, "before", speedup.before)],
-        [t.trajectory for t in _kept(out, "after", chosen)],
-    )
-    for name in ("frontier", "curves", "steps"):
-        if (out / f"{name}.png").is_file():
-            tracker.log_figure(name, out / f"{name}.png", step=progress.step)
-    tracker.log_artifact(out / "trajectories", "trajectories")
-    tracker.log_artifact(out / "rollouts", "rollouts")
-    summary = _summary(speedup, chosen)
-    tracker.log_metrics(summary, progress.step)
-    uri = publish_model(
-        tracker, out / "model", name=config.register_as, alias="champion", metrics=summary,
-        input_example=family_tasks(1, HELD_OUT_SEED, held_out=True)[0].prompt, policy=chosen.policy,
-        step=progress.step, dataset="family-held-out",
-    )  # fmt: skip
-    report["mlflow"] = {"tracking_uri": tracker.uri, "run_id": tracker.run_id, "model_uri": uri}
-    atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-    tracker.log_artifact(out / "report.json")
-    print(f"\n{table}\n\n{speedup.text()}\n", flush=True)
-    return RefineResult(
-        out / "model",
-        uri,
-        tracker.uri,
-        tracker.run_id,
-        tracker.how_to_open,
-        chosen.policy,
-        speedup,
-        table,
-        report,
-    )
-
-
-def _kept(out: Path, name: str, point: FrontierPoint) -> list[Rollout]:
-    return read_rollouts(out / "trajectories" / f"{name}_{point.policy.label()}.parquet")
-
-
-def _summary(speedup: Speedup, chosen: FrontierPoint) -> dict[str, float]:
-    values = {
-        "eval/heldout/pass_at_1_before": speedup.before.pass_at_1,
-        "eval/heldout/pass_at_1": chosen.pass_at_1,
-        "eval/heldout/forwards_per_answer_before": speedup.before.forwards_per_answer,
-        "eval/heldout/forwards_per_answer": chosen.forwards_per_answer,
-        "eval/heldout/tokens_per_forward": chosen.tokens_per_forward,
-    }
-    if speedup.speedup_forwards is not None and speedup.speedup_vs_sequential is not None:
-        values["eval/heldout/speedup_forwards"] = speedup.speedup_forwards
-        values["eval/heldout/speedup_vs_sequential"] = speedup.speedup_vs_sequential
-    return values
