@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -53,8 +54,9 @@ def create_app(service: CompletionService) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        status = {"status": "ok" if service.host.healthy else "dead", "model": service.model.name}
-        return JSONResponse({**status, **service.host.stats()}, 200 if service.host.healthy else 503)
+        healthy = service.host.healthy
+        who = {"status": "ok" if healthy else "dead", "model": service.model.name, "pid": os.getpid()}
+        return JSONResponse({**who, **service.host.stats()}, 200 if healthy else 503)
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -216,7 +216,8 @@ def test_errors_of_routing_have_the_same_shape(url: str, method: str, path: str,
 
 def test_a_reader_that_leaves_a_stream_frees_the_slot(url: str, service: CompletionService) -> None:
     with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True, "n": 3}) as response:
-        next(response.iter_bytes())
+        pieces = response.iter_bytes()  # kept: dropping the iterator closes the stream
+        next(pieces)
         assert service.host.stats()["running"] == 3
     stats = until_idle(service)
     assert (stats["running"], stats["waiting"]) == (0, 0)

@@ -1,0 +1,254 @@
+"""`fewstep serve`: a model behind Ray Serve on this machine, up until the block or the process ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from fewstep.platform.config import Config
+from fewstep.platform.errors import ActorDied, ResourceError
+from fewstep.platform.records import DecodePolicy
+
+logger = logging.getLogger(__name__)
+
+_READY_S = 60.0
+_WATCH_S = 5.0
+_SHUTDOWN_S = 30.0
+# Left at 5 s, a proxy that is still importing on a busy machine is killed as broken, and the start fails.
+_CONTROLLER_ENV = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+
+
+class ServeConfig(Config):
+    """Which model, where, and how it decodes when a request does not say."""
+
+    model: str = ""
+    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
+    tracking_uri: str = ""
+    """MLflow store that a models:/ address is looked up in; empty = MLflow's own setting."""
+    name: str = ""
+    """What clients pass as `model`; empty = the folder's or the registered model's name."""
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no authentication: put something that has it in front before widening."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 = any free one."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Engines, each in a process of its own."""
+    cpus_per_replica: float = Field(default=1.0, gt=0.0)
+    """Logical CPUs of each replica; torch uses as many threads, at least one."""
+    max_sequences: int = Field(default=64, ge=1)
+    """Requests that one engine denoises together; more wait."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Tokens of an answer at most when the request does not say."""
+    policy: DecodePolicy = DecodePolicy()
+    """Decode policy of requests that do not say; its seed is never used, each request has its own."""
+
+
+@dataclass(frozen=True)
+class ServedEndpoint:
+    """A server that is up. `url` is the root; OpenAI clients want `base_url`."""
+
+    url: str
+    model: str
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.url}/v1"
+
+
+def run(config: ServeConfig) -> None:
+    """Serves until Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: the model, the port or the CPUs are not there; nothing was started.
+        ActorDied: Ray or the HTTP proxy is gone for good.
+    """
+    with serve_model(config) as endpoint:
+        print(f"serving {endpoint.model} at {endpoint.base_url}  (Ctrl-C ends it)", flush=True)
+        watch(endpoint)
+
+
+@contextmanager
+def serve_model(config: ServeConfig) -> Iterator[ServedEndpoint]:
+    """A healthy server for the length of a `with` block.
+
+    Inside an open Ray session it is a guest of that session; otherwise a session of its own starts and ends
+    with it.
+
+    Raises:
+        UserError: the model, the port or the CPUs are not there; nothing was started.
+        ActorDied: Ray Serve or a replica did not come up.
+    """
+    from fewstep.pipelines.models import model_folder
+
+    port = free_port(config.host, config.port)
+    folder = model_folder(config.model, config.tracking_uri).resolve()
+    _check_model(folder)
+    name = config.name or _name_of(config.model, folder)
+    # Ray starts only now: everything that can be known without it has been checked.
+    with ExitStack() as stack:
+        _enter_session(stack, config)
+        endpoint = ServedEndpoint(_url(config.host, port), name)
+        stack.callback(_shut_down)
+        _start(config, folder, name, port)
+        _wait_ready(endpoint)
+        yield endpoint
+
+
+def free_port(host: str, port: int) -> int:
+    """`port` if it can be listened on, a free one for 0.
+
+    Raises:
+        ResourceError: it is taken, forbidden, or the host is no address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As servers do: a port whose last connections are still in TIME_WAIT is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            got, allowed, fix = (
+                "a port in use",
+                "a free port",
+                "stop what uses it or set another port (0 = any)",
+            )
+        elif error.errno == errno.EACCES:
+            got, allowed, fix = "a port this user may not open", "a port from 1024 on", "set another port"
+        else:
+            got, allowed, fix = f"{error.strerror or error}", "an address of this machine", "correct the host"
+        raise ResourceError(f"{host}:{port}", got, allowed, fix) from error
+
+
+def watch(endpoint: ServedEndpoint) -> None:
+    """Blocks while the server can be reached; a signal ends it with its own exception.
+
+    Raises:
+        ActorDied: nothing has answered for some time.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+
+    stop = threading.Event()
+    while not stop.wait(_WATCH_S):
+        try:
+            serve.status()
+        except (RayError, serve.exceptions.RayServeException, ConnectionError) as error:
+            raise ActorDied(f"the server at {endpoint.url}", f"{error}") from error
+
+
+def _check_model(folder: Path) -> None:
+    """Everything a replica would stumble over: files, tokenizer, weights, chat template."""
+    from fewstep.actors.serving.chat import ChatTemplate
+    from fewstep.kernels.model.checkpoint import load_state, load_tokenizer
+    from fewstep.kernels.model.config import ModelConfig
+
+    config = ModelConfig.load(folder)
+    load_tokenizer(folder, config)
+    load_state(folder, config)
+    ChatTemplate(folder)
+
+
+def _name_of(model: str, folder: Path) -> str:
+    if model.startswith("models:/"):
+        return model.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    return folder.name
+
+
+def _url(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
+    import ray
+
+    from fewstep.cluster.session import ray_session, require_resources
+
+    need = {"CPU": config.num_replicas * config.cpus_per_replica}
+    if ray.is_initialized():
+        require_resources(need)
+        return
+    # Logical CPUs: two replicas of one CPU may share a core, so the session is never smaller than the need.
+    cpus = max(math.ceil(need["CPU"]), len(os.sched_getaffinity(0)))
+    stack.enter_context(ray_session(cpus, need=need))
+
+
+def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    from fewstep.actors.serving.replica import application
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    app = application(
+        folder,
+        name,
+        policy=config.policy,
+        max_tokens=config.max_tokens,
+        max_sequences=config.max_sequences,
+        num_replicas=config.num_replicas,
+        num_cpus=config.cpus_per_replica,
+    )
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(host=config.host, port=port),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENV}},
+        )
+        serve.run(app, name="fewstep", route_prefix="/")
+    except (RuntimeError, TimeoutError, RayError) as error:
+        raise ActorDied("Ray Serve", f"it did not start: {error}") from error
+
+
+def _wait_ready(endpoint: ServedEndpoint) -> None:
+    deadline, last = time.monotonic() + _READY_S, "no answer"
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{endpoint.url}/health", timeout=5.0) as response:
+                health = json.load(response)
+            if health.get("model") == endpoint.model:
+                return
+            last = f"someone else's answer: {health}"
+        except (OSError, ValueError) as error:
+            last = str(error)
+        time.sleep(0.2)
+    raise ActorDied(f"the server at {endpoint.url}", f"not ready after {_READY_S:.0f} s: {last}")
+
+
+def _shut_down() -> None:
+    """End Serve and forget it, so that the same process can start it again."""
+    import ray
+    from ray import serve
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    # `serve.shutdown()` alone waits inside the controller until that is killed, and Ray tells the terminal of a
+    # failed task with "infinite retries". Asked without waiting, the controller ends just the same.
+    deadline = time.monotonic() + _SHUTDOWN_S
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        ray.get(controller.graceful_shutdown.remote(wait=False), timeout=_SHUTDOWN_S)
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(0.1)
+    except (ValueError, ray.exceptions.RayError):
+        logger.debug("Serve's controller is gone")
+    serve.shutdown()  # type: ignore[no-untyped-call]

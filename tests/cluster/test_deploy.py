@@ -1,0 +1,202 @@
+"""`fewstep serve`: what is checked before Ray starts, and the whole server asked by the real client."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+from tests.actors.serving.tiny import save_tiny
+
+from fewstep.cluster import deploy, session
+from fewstep.cluster.deploy import ServeConfig, ServedEndpoint, free_port, serve_model
+from fewstep.platform.errors import CheckpointError, ResourceError
+from fewstep.platform.records import DecodePolicy
+
+LONG: dict[str, Any] = {
+    "model": "tiny", "prompt": "a long one", "max_tokens": 1900, "temperature": 0,
+    "fewstep": {"kind": "static", "tokens_per_step": 1},
+}  # fmt: skip
+
+# A server that starts in twenty seconds on an idle machine takes ten times as long on a crowded one.
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def endpoint(folder: Path) -> Iterator[ServedEndpoint]:
+    policy = DecodePolicy(threshold=0.5)
+    config = ServeConfig(
+        model=str(folder), port=0, num_replicas=2, cpus_per_replica=0.5, max_tokens=24, policy=policy
+    )
+    with serve_model(config) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(endpoint: ServedEndpoint) -> Iterator[OpenAI]:
+    with OpenAI(base_url=endpoint.base_url, api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def test_a_free_port_is_found_and_a_taken_one_refused() -> None:
+    with socket.create_server(("127.0.0.1", free_port("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=f"127.0.0.1:{port}: got a port in use"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", port) == port
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_a_host_that_is_not_this_machine_is_refused(host: str) -> None:
+    with pytest.raises(ResourceError, match="an address of this machine"):
+        free_port(host, 0)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "_enter_session", lambda *_: pytest.fail("Ray was started"))
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    "broken", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_broken_model_is_refused_before_ray_starts(folder: Path, tmp_path: Path, broken: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / broken).write_text("{% broken")
+    with (
+        pytest.raises(CheckpointError, match=str(copy)),
+        serve_model(ServeConfig(model=str(copy), port=0)),
+    ):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_taken_port_is_refused_before_ray_starts(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = ServeConfig(model=str(folder), port=taken.getsockname()[1])
+        with pytest.raises(ResourceError, match="a port in use"), serve_model(config):
+            pytest.fail("the block must not run")
+
+
+@pytest.mark.ray
+def test_chat_completion_stream_stop_and_usage(client: OpenAI) -> None:
+    sampled: dict[str, Any] = {"model": "tiny", "temperature": 1.0, "seed": 5, "max_tokens": 40}
+    whole = client.completions.create(prompt="def f(x):", **sampled)
+    text, usage = whole.choices[0].text, whole.usage
+    assert len(text) > 8
+    assert usage is not None
+    assert usage.prompt_tokens == 9
+    assert len(text) <= usage.completion_tokens <= 40  # a token a character; special ones show no text
+    *pieces, last = client.completions.create(
+        prompt="def f(x):", stream=True, stream_options={"include_usage": True}, **sampled
+    )
+    assert "".join(piece.choices[0].text for piece in pieces) == text
+    assert last.usage == usage
+    chat = client.chat.completions.create(messages=[{"role": "user", "content": "def f(x):"}], **sampled)
+    assert chat.choices[0].message.content == text
+    stopped = client.completions.create(prompt="def f(x):", stop=text[5:7], **sampled).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (text[: text.index(text[5:7])], "stop")
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+@pytest.mark.ray
+def test_errors_come_through_the_proxy_in_openais_shape(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="a", suffix="b")
+    assert (caught.value.param, caught.value.code) == ("suffix", "unsupported_parameter")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="a")
+
+
+@pytest.mark.ray
+def test_text_arrives_while_it_is_made_and_lost_readers_free_their_slots(endpoint: ServedEndpoint) -> None:
+    stream = {"json": {**LONG, "stream": True}, "timeout": 60}
+    pieces: list[Iterator[bytes]] = []
+    started = time.monotonic()
+    with ExitStack() as readers:
+        # Serve asks the idler replica first, so several streams, for both of them to have one.
+        for _ in range(4):
+            response = readers.enter_context(
+                httpx.stream("POST", f"{endpoint.base_url}/completions", **stream)  # type: ignore[arg-type]
+            )
+            pieces.append(response.iter_bytes())  # kept: dropping the iterator closes the stream
+            next(pieces[-1])
+        assert any(health["running"] for health in health_of_replicas(endpoint))
+    first = (time.monotonic() - started) / 4
+    while any(health["running"] for health in health_of_replicas(endpoint)):
+        assert time.monotonic() - started < 60
+    assert all(health["forwards"] < LONG["max_tokens"] for health in health_of_replicas(endpoint))
+
+    started = time.monotonic()
+    whole = httpx.post(f"{endpoint.base_url}/completions", json=LONG, timeout=60).json()
+    assert whole["usage"]["completion_tokens"] == LONG["max_tokens"]
+    assert first < (time.monotonic() - started) / 2
+
+
+def health_of_replicas(endpoint: ServedEndpoint) -> list[dict[str, Any]]:
+    """The latest answer of each replica met in enough questions to meet all of them."""
+    answers = [httpx.get(f"{endpoint.url}/health").json() for _ in range(12)]
+    return list({answer["pid"]: answer for answer in answers}.values())
+
+
+@pytest.mark.ray
+def test_a_killed_replica_is_not_missed(client: OpenAI) -> None:
+    pids = replicas()
+    assert len(pids) == 2
+    os.kill(pids[0], signal.SIGKILL)
+    for _ in range(20):
+        client.completions.create(model="tiny", prompt="abc")
+        time.sleep(0.05)
+    deadline = time.monotonic() + 60
+    while len(replicas()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def replicas() -> list[int]:
+    """Processes of this session's replicas, by the title Ray Serve gives them."""
+    own = session._tree(set(session._children(os.getpid())))
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in session._alive(own)}
+    return sorted(pid for pid, title in titles.items() if title.startswith(b"ray::ServeReplica"))
+
+
+@pytest.mark.ray
+def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
+    port = free_port("127.0.0.1", 0)
+    command = [sys.executable, "-m", "fewstep", "serve", "--model", str(folder), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert f"http://127.0.0.1:{port}/v1" in server.stdout.readline()
+        httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+        started = session._tree({server.pid})
+        second = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2
+        assert second.stderr.startswith(f"fewstep: error: 127.0.0.1:{port}: got a port in use")
+        assert second.stderr.count("\n") == 1
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130
+    finally:
+        server.kill()
+        server.wait()
+    assert session._alive(started) == []
+    assert free_port("127.0.0.1", port) == port
