@@ -33,6 +33,8 @@ from fewstep.platform.records import Trajectory, WeightVersion
 
 _log = logging.getLogger(__name__)
 
+_ROOM_PATIENCE_S = 15.0  # Ray books a killed actor's CPUs back some time after the kill
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -181,15 +183,19 @@ class ReplicaPool:
         self.close()
 
     def _check_room(self, num_replicas: int) -> None:
+        """Refuse at once what the cluster never has; wait a little for what ended actors still hold."""
         asked = num_replicas * self.settings.num_cpus
-        free = float(self._ray.available_resources().get("CPU", 0.0))
-        if asked > free + 1e-9:
-            raise ResourceError(
-                "replicas",
-                f"{num_replicas} x {self.settings.num_cpus:g} CPU",
-                f"at most {free:g} CPU (free on the cluster)",
-                "ask for fewer replicas or give the session more CPUs",
-            )
+        patience_s = _ROOM_PATIENCE_S if asked <= self._ray.cluster_resources().get("CPU", 0.0) else 0.0
+        deadline = time.monotonic() + patience_s
+        while asked > (free := float(self._ray.available_resources().get("CPU", 0.0))) + 1e-9:
+            if time.monotonic() >= deadline:
+                raise ResourceError(
+                    "replicas",
+                    f"{num_replicas} x {self.settings.num_cpus:g} CPU",
+                    f"at most {free:g} CPU (free on the cluster)",
+                    "ask for fewer replicas or give the session more CPUs",
+                )
+            time.sleep(0.1)
 
     def _validate(self, requests: Sequence[Request]) -> None:
         seen: set[str] = set()
