@@ -18,6 +18,9 @@ from fewstep.pipelines.settings import RefineConfig
 from fewstep.platform.artifacts import atomic_write_text
 from fewstep.platform.config import Config
 
+MODEL_NAME = "fewstep-tiny"
+DEFAULT_PORT = 8000
+
 
 class DemoConfig(Config):
     """The main job, sized for two cores and a quarter of an hour."""
@@ -27,8 +30,8 @@ class DemoConfig(Config):
     keep_serving: bool = False
     """Stay up and serve after the report, until Ctrl-C."""
     port: int = Field(default=0, ge=0, le=65535)
-    """Port of the endpoint; 0 = any free one (8000 if free when keep_serving is on)."""
-    refine: RefineConfig = RefineConfig(steps=1000, max_seconds=330.0)
+    """Port of the endpoint; 0 = any free one."""
+    refine: RefineConfig = RefineConfig(steps=1000, max_seconds=270.0)
     """The refinement; its `out` is the demo's."""
 
 
@@ -45,7 +48,7 @@ def run(config: DemoConfig) -> None:
         result = run_refine(settings)
         serve = ServeConfig(
             model=result.model_uri, tracking_uri=result.tracking_uri, port=config.port,
-            policy=result.served_policy, cpus_per_replica=1.0, name="fewstep-tiny",
+            policy=result.served_policy, cpus_per_replica=1.0, name=MODEL_NAME,
         )  # fmt: skip
         print(f"serving {result.model_uri} on loopback", flush=True)
         with serve_model(serve) as endpoint:
@@ -89,13 +92,13 @@ def demo_report(
 
 def next_steps(config: DemoConfig, how_to_open: str) -> str:
     """What a newcomer can type next."""
-    body = json.dumps(
-        {"model": "model", "prompt": 'def f(xs):\n    """keep odd; add 3; sum"""', "max_tokens": 80}
-    )
+    prompt = 'def f(xs):\n    """keep odd; add 3; sum"""'
+    body = json.dumps({"model": MODEL_NAME, "prompt": prompt, "max_tokens": 80})
+    port = config.port or DEFAULT_PORT
     lines = {
         "report": f"{config.out / 'report.json'}, figure {config.out / 'frontier.png'}",
         "tracking": how_to_open,
-        "serve": f"fewstep serve model={config.out / 'model'}",
-        "query": f"curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{body}'",
+        "serve": f"fewstep serve --model {config.out / 'model'} --name {MODEL_NAME} --port {port}",
+        "query": f"curl http://127.0.0.1:{port}/v1/completions -H 'content-type: application/json' -d '{body}'",
     }
     return "\n".join(f"{name:<10}{value}" for name, value in lines.items())

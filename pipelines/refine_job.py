@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -186,6 +187,8 @@ def _checkpointing(
             (folder / "progress.json").write_text(json.dumps({"config": fingerprint, **asdict(progress)}))
 
     if not (config.resume and (path / "progress.json").is_file()):
+        # Rollouts of an older run in this folder are that run's; MLflow has its copies.
+        shutil.rmtree(config.out / "rollouts", ignore_errors=True)
         return Progress(threshold=config.curriculum.start), save
     saved = json.loads((path / "progress.json").read_text())
     if saved.pop("config") != fingerprint:
