@@ -7,7 +7,7 @@ trajectory: per block, the steps at which its positions were written, counted fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -61,19 +61,22 @@ def slices(trajectory: Trajectory, block_size: int) -> Slices:
     return Slices(tokens, positions, local, chosen, np.where(chosen, logprob, 0.0), int(local.max()) + 1)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What every row of one rollout shares: the model's block size and mask token, the loss weight of a target, and
+    the rollout's advantage."""
+
+    block_size: int
+    mask_token: int
+    weight: float
+    advantage: float
+
+
 class Estimator(Protocol):
     """Adds states of one rollout to `rows`; returns the noisy rows it cost."""
 
     def add_states(
-        self,
-        rows: SampleRows,
-        trajectory: Trajectory,
-        *,
-        block_size: int,
-        mask_token: int,
-        weight: float,
-        advantage: float,
-        draws: np.random.Generator,
+        self, rows: SampleRows, trajectory: Trajectory, terms: Terms, draws: np.random.Generator
     ) -> int: ...
 
 
@@ -89,25 +92,13 @@ class TrajectoryEstimator:
         self.max_states = max_states
 
     def add_states(
-        self,
-        rows: SampleRows,
-        trajectory: Trajectory,
-        *,
-        block_size: int,
-        mask_token: int,
-        weight: float,
-        advantage: float,
-        draws: np.random.Generator,
+        self, rows: SampleRows, trajectory: Trajectory, terms: Terms, draws: np.random.Generator
     ) -> int:
-        view = slices(trajectory, block_size)
+        view = slices(trajectory, terms.block_size)
         kept = min(self.max_states, view.num_rounds)
-        cost = 0
-        for chosen_round in draws.choice(view.num_rounds, kept, replace=False):
-            cost += _add(
-                rows, view, int(chosen_round), int(chosen_round) + 1, block_size, mask_token,
-                weight * view.num_rounds / kept, advantage,
-            )  # fmt: skip
-        return cost
+        scaled = replace(terms, weight=terms.weight * view.num_rounds / kept)
+        rounds = [int(r) for r in draws.choice(view.num_rounds, kept, replace=False)]
+        return sum(_add(rows, view, r, r + 1, scaled) for r in rounds)
 
 
 class CompressedEstimator:
@@ -118,49 +109,29 @@ class CompressedEstimator:
     """
 
     def add_states(
-        self,
-        rows: SampleRows,
-        trajectory: Trajectory,
-        *,
-        block_size: int,
-        mask_token: int,
-        weight: float,
-        advantage: float,
-        draws: np.random.Generator,
+        self, rows: SampleRows, trajectory: Trajectory, terms: Terms, draws: np.random.Generator
     ) -> int:
-        view = slices(trajectory, block_size)
+        view = slices(trajectory, terms.block_size)
         starts = [0] if view.num_rounds == 1 else [0, int(draws.integers(1, view.num_rounds))]
-        return sum(
-            _add(rows, view, start, view.num_rounds, block_size, mask_token, weight, advantage)
-            for start in starts
-        )
+        return sum(_add(rows, view, start, view.num_rounds, terms) for start in starts)
 
 
-def _add(
-    rows: SampleRows,
-    view: Slices,
-    first: int,
-    last: int,
-    block_size: int,
-    mask_token: int,
-    weight: float,
-    advantage: float,
-) -> int:
+def _add(rows: SampleRows, view: Slices, first: int, last: int, terms: Terms) -> int:
     """One noisy copy: rows written at local step >= first are masked, those in [first, last) are targets."""
     masked = view.local_step >= first
     target = masked & (view.local_step < last) & view.chosen
-    keep = _blocks_with(target, view.positions, block_size)
+    keep = _blocks_with(target, view.positions, terms.block_size)
     if not keep.any():
         return 0
-    weights = np.where(target, weight, 0.0).astype(np.float32)
+    weights = np.where(target, terms.weight, 0.0).astype(np.float32)
     extras: dict[str, NDArray[np.float32]] = {}
     if rows.extras:
         extras = {
             "old_logprob": view.logprob[keep],
-            "advantage": np.where(target, advantage, 0.0).astype(np.float32)[keep],
+            "advantage": np.where(target, terms.advantage, 0.0).astype(np.float32)[keep],
         }
     rows.add_state(
-        tokens=np.where(masked, mask_token, view.tokens)[keep],
+        tokens=np.where(masked, terms.mask_token, view.tokens)[keep],
         positions=view.positions[keep],
         targets=np.where(target, view.tokens, NO_TARGET)[keep],
         weights=weights[keep],

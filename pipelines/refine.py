@@ -22,7 +22,7 @@ from fewstep.actors.engine.text import decode
 from fewstep.actors.trainer import Metrics
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
-from fewstep.pipelines.estimators import clean_rows
+from fewstep.pipelines.estimators import Terms, clean_rows
 from fewstep.pipelines.objectives.credit import Credit, RefineObjective
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.tasks.family import draw_specification
@@ -205,15 +205,9 @@ def training_rows(
     for credit in credits:
         rollout = credit.rollout
         rows = clean_rows(rollout.trajectory)
-        cost = estimator.add_states(
-            rows,
-            rollout.trajectory,
-            block_size=model.block_size,
-            mask_token=model.mask_token_id,
-            weight=credit.weight / total,
-            advantage=credit.advantage,
-            draws=generator("estimator", config.seed, step, rollout.group_id, rollout.sample),
-        )
+        terms = Terms(model.block_size, model.mask_token_id, credit.weight / total, credit.advantage)
+        draws = generator("estimator", config.seed, step, rollout.group_id, rollout.sample)
+        cost = estimator.add_states(rows, rollout.trajectory, terms, draws)
         if cost:
             yield rows
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fewstep.kernels.model.training import RowTensors
+from fewstep.actors.trainer import Objective
 from fewstep.pipelines.estimators import Estimator
 from fewstep.platform.records import Rollout
-
-__all__ = ["Credit", "RefineObjective", "adjacent_surrogate", "pairwise_surrogate"]
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,20 @@ class Credit:
     weight: float
 
 
-class RefineObjective(Protocol):
+class RefineObjective(Objective, Protocol):
     """The two halves of an on-policy objective.
 
-    `credit` runs on the driver: one group of rollouts of one prompt in, their credits out. `loss` runs in the
-    trainer (see actors/trainer.py). `estimator` names the states the loss is evaluated on.
+    `credit` runs on the driver: one group of rollouts of one prompt in, their credits out; `progress` is the share
+    of the run that lies behind. `loss` runs in the trainer (`actors/trainer.py: Objective`). `estimator` names the
+    states the loss is evaluated on.
     """
 
     def estimator(self) -> Estimator: ...
 
     def credit(self, group: Sequence[Rollout], progress: float) -> list[Credit]: ...
 
-    def loss(self, logprob: object, entropy: object, rows: RowTensors) -> object: ...
 
-
-def _tokens_per_step(rollout: Rollout) -> np.ndarray:
+def _tokens_per_step(rollout: Rollout) -> NDArray[np.int64]:
     """int64 [K], positions written by each of the trajectory's K forwards (what counts for the edit distance:
     with masks as a symbol and no insertions, the distance of two states is the number of positions between)."""
     steps = rollout.trajectory.step_map

@@ -12,7 +12,7 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.kernels.rows import NO_TARGET, RowBatch
-from fewstep.pipelines.estimators import CompressedEstimator, TrajectoryEstimator, clean_rows, slices
+from fewstep.pipelines.estimators import CompressedEstimator, Terms, TrajectoryEstimator, clean_rows, slices
 from fewstep.pipelines.tasks.family import tasks
 from fewstep.pipelines.tasks.vocabulary import EOS, MASK, PAD, build_tokenizer
 from fewstep.platform.records import DecodePolicy, Trajectory, WeightVersion
@@ -56,9 +56,8 @@ def test_rounds_rebuild_what_the_engine_saw(model: Transformer, trajectories: li
     for trajectory in trajectories:
         rows = clean_rows(trajectory)
         TrajectoryEstimator(max_states=1000).add_states(
-            rows, trajectory, block_size=8, mask_token=model.config.mask_token_id, weight=1.0, advantage=0.5,
-            draws=generator("t"),
-        )  # fmt: skip
+            rows, trajectory, Terms(8, model.config.mask_token_id, 1.0, 0.5), generator("t")
+        )
         chosen = ~np.isnan(trajectory.logprob)
         assert (rows.targets != NO_TARGET).sum() == chosen.sum()
         tensors = RowTensors.of(RowBatch.collate([rows]))
@@ -74,9 +73,7 @@ def test_kept_rounds_are_scaled_up(trajectories: list[Trajectory]) -> None:
     trajectory = trajectories[0]
     rounds = slices(trajectory, 8).num_rounds
     rows = clean_rows(trajectory)
-    TrajectoryEstimator(max_states=1).add_states(
-        rows, trajectory, block_size=8, mask_token=2, weight=1.0, advantage=1.0, draws=generator("k")
-    )
+    TrajectoryEstimator(max_states=1).add_states(rows, trajectory, Terms(8, 2, 1.0, 1.0), generator("k"))
     assert rounds > 1
     assert rows.weights.max() == pytest.approx(rounds)
 
@@ -84,9 +81,7 @@ def test_kept_rounds_are_scaled_up(trajectories: list[Trajectory]) -> None:
 def test_compressed_transitions_start_from_everything_masked(trajectories: list[Trajectory]) -> None:
     for trajectory in trajectories:
         rows = clean_rows(trajectory)
-        CompressedEstimator().add_states(
-            rows, trajectory, block_size=8, mask_token=2, weight=1.0, advantage=0.0, draws=generator("c")
-        )
+        CompressedEstimator().add_states(rows, trajectory, Terms(8, 2, 1.0, 0.0), generator("c"))
         first = rows.copies == 1
         generated = rows.positions[first] >= len(trajectory.prompt_ids)
         assert (rows.tokens[first][generated] == 2).all()
