@@ -87,6 +87,7 @@ def conclude(
     tracker.log_artifact(out / "trajectories", "trajectories")
     tracker.log_artifact(out / "rollouts", "rollouts")
     summary = _summary(speedup, served)
+    tracker.log_metrics(_measured(speedup.before), step=0)
     tracker.log_metrics(summary, progress.step)
     uri = publish_model(
         tracker,
@@ -151,14 +152,16 @@ def _kept(out: Path, name: str, point: FrontierPoint) -> list[Rollout]:
 
 
 def _summary(speedup: Speedup, served: FrontierPoint) -> dict[str, float]:
-    values = {
-        "eval/heldout/pass_at_1_before": speedup.before.pass_at_1,
-        "eval/heldout/pass_at_1": served.pass_at_1,
-        "eval/heldout/forwards_per_answer_before": speedup.before.forwards_per_answer,
-        "eval/heldout/forwards_per_answer": served.forwards_per_answer,
-        "eval/heldout/tokens_per_forward": served.tokens_per_forward,
-    }
+    values = _measured(served)
     if speedup.speedup_forwards is not None and speedup.speedup_vs_sequential is not None:
         values["eval/heldout/speedup_forwards"] = speedup.speedup_forwards
         values["eval/heldout/speedup_vs_sequential"] = speedup.speedup_vs_sequential
     return values
+
+
+def _measured(point: FrontierPoint) -> dict[str, float]:
+    return {
+        "eval/heldout/pass_at_1": point.pass_at_1,
+        "eval/heldout/forwards_per_answer": point.forwards_per_answer,
+        "eval/heldout/tokens_per_forward": point.tokens_per_forward,
+    }
