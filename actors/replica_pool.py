@@ -22,18 +22,17 @@ import torch
 from fewstep.actors.dispatch import Dispatch
 from fewstep.actors.engine.request import Request
 from fewstep.actors.fleet import Fleet, State
+from fewstep.actors.placement import require_room
 from fewstep.actors.replica import Replica, ReplicaSettings, ReplicaStats
 from fewstep.actors.weight_sync.base import Echo, Payload, Receipt, Receiver, WeightTransport
 from fewstep.actors.weight_sync.object_store import ObjectStoreTransport
 from fewstep.actors.weight_sync.shared_memory import SharedMemoryTransport
 from fewstep.kernels.model.checkpoint import load_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.platform.errors import ActorDied, RequestError, ResourceError, UserError
+from fewstep.platform.errors import ActorDied, RequestError, UserError
 from fewstep.platform.records import Trajectory, WeightVersion
 
 _log = logging.getLogger(__name__)
-
-_ROOM_PATIENCE_S = 15.0  # Ray books a killed actor's CPUs back some time after the kill
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class ReplicaPool:
         self.model_folder, self.run_id = Path(model_folder).resolve(), run_id
         model, _ = load_model(self.model_folder)
         self.config: ModelConfig = model.config
-        self._check_room(num_replicas)
+        require_room("replicas", num_replicas, self.settings.num_cpus)
         self._actor_class: Any = self._ray.remote(
             num_cpus=self.settings.num_cpus, max_restarts=0, max_task_retries=0, max_concurrency=4
         )(Replica)
@@ -181,21 +180,6 @@ class ReplicaPool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _check_room(self, num_replicas: int) -> None:
-        """Refuse at once what the cluster never has; wait a little for what ended actors still hold."""
-        asked = num_replicas * self.settings.num_cpus
-        patience_s = _ROOM_PATIENCE_S if asked <= self._ray.cluster_resources().get("CPU", 0.0) else 0.0
-        deadline = time.monotonic() + patience_s
-        while asked > (free := float(self._ray.available_resources().get("CPU", 0.0))) + 1e-9:
-            if time.monotonic() >= deadline:
-                raise ResourceError(
-                    "replicas",
-                    f"{num_replicas} x {self.settings.num_cpus:g} CPU",
-                    f"at most {free:g} CPU (free on the cluster)",
-                    "ask for fewer replicas or give the session more CPUs",
-                )
-            time.sleep(0.1)
 
     def _validate(self, requests: Sequence[Request]) -> None:
         seen: set[str] = set()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fewstep.actors.placement import require_room
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.config import ModelConfig
@@ -208,6 +209,7 @@ class TrainerGroup:
     """The driver's handle on all ranks; needs a running Ray session.
 
     Raises:
+        ResourceError: the cluster has too few free CPUs; says how many are free.
         ActorDied: from any call, when a rank's process is gone; carries Ray's account of the cause.
     """
 
@@ -222,6 +224,7 @@ class TrainerGroup:
     ) -> None:
         import ray
 
+        require_room("trainer ranks", settings.num_ranks, num_cpus)
         self._ray: Any = ray
         self.settings = settings
         actor: Any = ray.remote(num_cpus=num_cpus, max_restarts=0)(TrainerRank)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
+from fewstep.actors.placement import require_room
 from fewstep.actors.sandbox.sandbox import Limits, Sandbox
 from fewstep.platform.errors import ActorDied
 from fewstep.platform.records import Task, Verdict
@@ -109,12 +110,14 @@ class VerifierPool:
         num_cpus: logical CPUs reserved for each; a fraction, because a verdict takes milliseconds.
         limits: ceilings of every program.
     Raises:
+        ResourceError: the cluster has too few free CPUs; says how many are free.
         ActorDied: a worker did not start, for instance because its host cannot isolate.
     """
 
     def __init__(self, num_workers: int = 1, num_cpus: float = 0.1, limits: Limits | None = None) -> None:
         import ray
 
+        require_room("verifiers", num_workers, num_cpus)
         self._ray = ray
         self._limits = limits or Limits()
         # Two at once: a worker says who it is while it judges. Its sandbox takes one program at a time anyway.

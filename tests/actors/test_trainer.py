@@ -14,7 +14,7 @@ from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
-from fewstep.platform.errors import ActorDied
+from fewstep.platform.errors import ActorDied, ResourceError
 
 pytestmark = pytest.mark.ray
 
@@ -115,3 +115,8 @@ def test_a_dead_rank_is_named_with_its_cause() -> None:
             group.update(_samples(0), 1e-2)
     finally:
         group.close()
+
+
+def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once() -> None:
+    with pytest.raises(ResourceError, match="trainer ranks: got 9 x 1 CPU; allowed: at most"):
+        TrainerGroup(CONFIG, 7, TrainerSettings(num_ranks=9), OBJECTIVE)
