@@ -1,7 +1,8 @@
 """Keep a finished refinement's figures in the tree: `python bench/record.py RUN NAME`.
 
-Copies RUN/report.json to bench/results/NAME.json and RUN/frontier.png beside it, keeps the curve's columns of
-RUN/history.jsonl as NAME-history.jsonl, and redraws docs/figures/refine-curves.png from every history kept so far.
+Copies RUN/report.json to bench/results/NAME.json, RUN/frontier.png beside it and RUN/film.png to docs/figures, keeps
+the curves' columns of RUN/history.jsonl as NAME-history.jsonl, and redraws docs/figures/refine-curves.png from every
+history kept so far.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fewstep.platform.errors import ResourceError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+FIGURES = ROOT / "docs" / "figures"
 COLUMNS = ("step", "seconds", *(panel.key for panel in REFINE_PANELS))
 
 
@@ -52,8 +54,9 @@ def record(run: Path, name: str) -> None:
         path.name.removesuffix("-history.jsonl"): [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted(RESULTS.glob("*-history.jsonl"))
     }
-    (ROOT / "docs" / "figures").mkdir(parents=True, exist_ok=True)
-    draw_curves(ROOT / "docs" / "figures" / "refine-curves.png", histories, REFINE_PANELS)
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "film.png", FIGURES / f"{name}-film.png")
+    draw_curves(FIGURES / "refine-curves.png", histories, REFINE_PANELS)
 
 
 def _read(path: Path) -> dict[str, Any]:
