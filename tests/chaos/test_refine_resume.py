@@ -1,0 +1,50 @@
+"""Ctrl-C in the middle of a refinement, then the same command again: the run ends where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewstep.platform.trajectories import read_rollouts
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+# One replica: a forward's rounding depends on who shares it, and two replicas share the work by the clock.
+SMALL = [
+    "steps=4", "checkpoint_every=2", "prompts_per_step=8", "group_size=2", "num_eval_tasks=8", "num_replicas=1",
+    "sweep.thresholds=[0.9]", "sweep.tokens_per_step=[]", "trainer.num_ranks=1",
+]  # fmt: skip
+
+
+def _start(out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fewstep", "refine", "--out", str(out), *SMALL]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(out: Path) -> str:
+    with _start(out) as process:
+        text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    return text
+
+
+def test_an_interrupted_refinement_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _finish(whole)
+    with _start(broken) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("refine    3/4"):
+                process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+    assert "resumed at step 2" in _finish(broken)
+    for step in range(4):
+        name = Path("rollouts") / f"step_{step:05d}.parquet"
+        one, two = read_rollouts(whole / name), read_rollouts(broken / name)
+        assert [(r.text, r.reward) for r in one] == [(r.text, r.reward) for r in two]
+    weights = Path("model") / "model.safetensors"
+    assert (whole / weights).read_bytes() == (broken / weights).read_bytes()
