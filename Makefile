@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 FLOORS := platform kernels actors pipelines cluster
 FARM := build/typing/fewstep
 
-# One thread a process and passive waiting: several processes share few cores (docs/architecture.md).
+# One thread a process and passive waiting: several processes share few cores (docs/decisions/0006-colocated-loop.md).
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 

@@ -111,6 +111,7 @@ class ReplicaPool:
         """
         self._validate(requests)
         self._question_suspects()
+        self._admit_restarted()
         serving = len(self.fleet.names(State.HEALTHY, State.SUSPECT, State.STALE, State.RESTARTING))
         dispatch = Dispatch(len(requests), serving, min_chunk=self.settings.min_chunk)
         results: dict[int, Trajectory] = {}
@@ -212,6 +213,12 @@ class ReplicaPool:
                 self.fleet.alive(name)
             except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError) as error:
                 self._bury(name, error)
+
+    def _admit_restarted(self) -> None:
+        """Give replacements that have come up since the last call the weights that serve."""
+        self._collect_starts()
+        if stale := self.fleet.names(State.STALE):
+            self._send(stale)
 
     def _require_serving(self) -> None:
         """Make sure somebody serves: if nobody does, wait for restarts and push the expected weights again."""

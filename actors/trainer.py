@@ -118,7 +118,7 @@ class TrainerRank:
             samples: rows whose weights are normalised over the batch of all ranks.
             block_size: override of the model's own (the warm-up over block sizes).
         Returns:
-            the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (this rank's, before clipping), `rows`, `targets`.
+            the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (of all ranks together, before clipping), `rows`, `targets`.
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
@@ -135,7 +135,7 @@ class TrainerRank:
             loss, metrics = self._objective.loss(logprob, entropy, rows)
             # Gradients are averaged over ranks, weights are normalised over all of them: undo the division.
             engine.backward(loss * self._settings.num_ranks)
-            if index == len(batches) - 1:
+            if index == len(batches) - 1 and self._settings.zero_stage == 0:
                 totals["grad_norm"] = self._grad_norm()
             engine.step()
             totals["loss"] += float(loss.detach())
@@ -143,6 +143,8 @@ class TrainerRank:
             totals["targets"] += len(rows.targets)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+        if self._settings.zero_stage > 0:  # its optimiser keeps the gradients, and the norm of all shards
+            totals["grad_norm"] = float(engine.get_global_grad_norm())
         self._updates += 1
         self._average()
         return totals
@@ -174,7 +176,7 @@ class TrainerRank:
         return os.getpid()
 
     def _grad_norm(self) -> float:
-        """Norm of this rank's gradient before clipping; DeepSpeed reports none for unsharded float32."""
+        """Norm of the gradient averaged over ranks, before clipping; called at the boundary, before the step."""
         norms = [p.grad.norm() for p in self._model.parameters() if p.grad is not None]
         return float(torch.stack(norms).norm()) if norms else 0.0
 
@@ -246,7 +248,7 @@ class TrainerGroup:
         ]
 
     def finish_update(self, pending: list[Any]) -> Metrics:
-        """Metrics summed over ranks; grad_norm is rank 0's."""
+        """Metrics summed over ranks; grad_norm is of all of them already."""
         parts: list[Metrics] = self._get(pending)
         total = {name: float(np.sum([part.get(name, 0.0) for part in parts])) for name in parts[0]}
         total["grad_norm"] = parts[0]["grad_norm"]
@@ -280,6 +282,9 @@ class TrainerGroup:
 
     def _get(self, references: list[Any]) -> list[Any]:
         try:
-            return list(self._ray.get(references))
+            return list(self._ray.get(references, timeout=self.settings.deadline_s))
+        except self._ray.exceptions.GetTimeoutError as error:
+            self.close()
+            raise ActorDied("trainer rank", f"no answer within {self.settings.deadline_s:g} s") from error
         except self._ray.exceptions.RayActorError as error:
             raise ActorDied("trainer rank", str(error)) from error

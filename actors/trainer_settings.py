@@ -15,8 +15,8 @@ class TrainerSettings(Config):
 
     num_ranks: int = Field(default=1, ge=1)
     """Data-parallel ranks, one process each."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO stage: what is sharded over the ranks (1: optimiser state, 2: and gradients)."""
+    zero_stage: Literal[0, 1] = 0
+    """DeepSpeed ZeRO stage: what is sharded over the ranks (1: the optimiser's state)."""
     precision: Precision = "fp32"
     """bf16 = matrix products in bfloat16 over float32 weights."""
     compiled: bool = False
@@ -28,3 +28,5 @@ class TrainerSettings(Config):
     """Keep an exponential moving average of the weights and publish that; None = publish the weights."""
     micro_rows: int = Field(default=8192, ge=256)
     """Padded rows per forward; a larger batch is accumulated."""
+    deadline_s: float = Field(default=900.0, gt=0.0)
+    """A rank that has not answered a call after this long is given up, and the job with it."""

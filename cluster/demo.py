@@ -42,13 +42,13 @@ def run(config: DemoConfig) -> None:
     from fewstep.pipelines.refine_job import run as run_refine
 
     started = time.monotonic()
-    port = free_port("127.0.0.1", config.port)  # known before a quarter of an hour of work
+    free_port("127.0.0.1", config.port)  # a port in use is said now, not after ten minutes of work
     # A demo is a fresh story: an interrupted one is taken up again only by `fewstep refine`.
     settings = config.refine.model_copy(update={"out": config.out, "resume": False})
-    with ray_session(), MemoryWatch() as memory:
+    with ray_session(need={"CPU": settings.total_cpus}), MemoryWatch() as memory:
         result = run_refine(settings)
         serve = ServeConfig(
-            model=result.model_uri, tracking_uri=result.tracking_uri, port=port,
+            model=result.model_uri, tracking_uri=result.tracking_uri, port=config.port,
             policy=result.served_policy, cpus_per_replica=1.0, name=MODEL_NAME,
         )  # fmt: skip
         print(f"serving {result.model_uri} on loopback", flush=True)

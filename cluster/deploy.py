@@ -38,7 +38,7 @@ class ServeConfig(Config):
     model: str = ""
     """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
     tracking_uri: str = ""
-    """MLflow store that a models:/ address is looked up in; empty = MLflow's own setting."""
+    """MLflow store that a models:/ address is looked up in; empty = MLFLOW_TRACKING_URI, else the demo's."""
     name: str = ""
     """What clients pass as `model`; empty = the folder's or the registered model's name."""
     host: str = "127.0.0.1"

@@ -20,6 +20,7 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.corruption import Sample, edit_state, mask_states
 from fewstep.pipelines.figures import PRETRAIN_PANELS, draw_curves
+from fewstep.pipelines.progress import read_progress, write_progress
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.vocabulary import (
@@ -32,7 +33,6 @@ from fewstep.pipelines.tasks.vocabulary import (
 )
 from fewstep.platform.artifacts import atomic_folder, atomic_write_text
 from fewstep.platform.config import render_config
-from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_store import sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.rng import generator
@@ -104,11 +104,18 @@ def run(config: PretrainConfig) -> None:
     """Train, checkpoint, write `out/model`, `out/metrics.jsonl` and `out/curve.png`; tracked in MLflow."""
     tokenizer = build_tokenizer()
     model_config = model_of(config, tokenizer)
+    # A checkpoint of another configuration is refused here, before anything is started or written.
+    saved = read_progress(config.out / "checkpoint", _fingerprint(config), resume=config.resume)
     config.out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(config.out / "config.yaml", render_config(config))
     uri = config.tracking_uri or sqlite_uri(config.out)
     trainer = TrainerGroup(model_config, config.seed, config.trainer, OBJECTIVE)
     try:
-        first = _resume(config, trainer)
+        first = 0
+        if saved is not None:
+            first = int(saved["step"])
+            trainer.load((config.out / "checkpoint").resolve())
+            print(f"resumed at step {first}", flush=True)
         with MlflowTracker(uri, experiment="fewstep", run_name="pretrain") as tracker:
             tracker.log_params(config.model_dump(mode="json"))
             tracker.log_dataset(
@@ -154,24 +161,7 @@ def model_of(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _checkpoint(config: PretrainConfig, trainer: TrainerGroup, step: int) -> None:
     with atomic_folder(config.out / "checkpoint") as folder:
         trainer.save(folder.resolve())
-        (folder / "progress.json").write_text(json.dumps({"step": step, "config": _fingerprint(config)}))
-
-
-def _resume(config: PretrainConfig, trainer: TrainerGroup) -> int:
-    """The step to start at. A checkpoint of another configuration is refused, never silently restarted."""
-    atomic_write_text(config.out / "config.yaml", render_config(config))
-    progress = config.out / "checkpoint" / "progress.json"
-    if not (config.resume and progress.is_file()):
-        return 0
-    saved = json.loads(progress.read_text())
-    if saved["config"] != _fingerprint(config):
-        raise ConfigError(
-            "out", str(config.out), "a folder without a checkpoint of another configuration",
-            "choose another out, or resume=false to start over",
-        )  # fmt: skip
-    trainer.load((config.out / "checkpoint").resolve())
-    print(f"resumed at step {saved['step']}", flush=True)
-    return int(saved["step"])
+        write_progress(folder, _fingerprint(config), {"step": step})
 
 
 def _fingerprint(config: PretrainConfig) -> str:

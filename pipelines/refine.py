@@ -182,18 +182,22 @@ def train(
     step: int,
     done: float,
 ) -> Metrics:
-    """The step's optimiser updates; each takes every `updates_per_step`-th group."""
+    """The step's optimiser updates, each on every `updates_per_step`-th group; metrics are means over updates."""
     rate = learning_rate(config, step, done)
-    totals: Metrics = {"train/learning_rate": rate}
+    updates: list[Metrics] = []
     for part in range(config.updates_per_step):
         own = [c for c in credits if c.rollout.group_id % config.updates_per_step == part and c.weight > 0]
         samples = list(training_rows(config, model, objective, own, step))
-        # Every rank needs a share; fewer samples than ranks come only from a step in which nothing passed.
-        if len(samples) < config.trainer.num_ranks:
-            continue
-        for name, value in trainer.update(samples, rate).items():
-            totals[f"train/{name}"] = totals.get(f"train/{name}", 0.0) + value
-    return per_target(totals)
+        # Every rank needs a share; a part with fewer good rollouts than ranks waits for better ones.
+        if len(samples) >= config.trainer.num_ranks:
+            updates.append(per_target(trainer.update(samples, rate)))
+    metrics: Metrics = {"train/learning_rate": rate, "train/updates": float(len(updates))}
+    for name in updates[0] if updates else ():
+        metrics[f"train/{name}"] = sum(update[name] for update in updates) / len(updates)
+    if updates and "mismatch" in updates[0]:
+        # Before the step's first update the trainer holds the weights that rolled out: what differs is arithmetic.
+        metrics["train/mismatch"] = updates[0]["mismatch"]
+    return metrics
 
 
 def training_rows(
@@ -220,12 +224,12 @@ def learning_rate(config: RefineConfig, step: int, done: float) -> float:
     return config.learning_rate * rate
 
 
-def per_target(totals: Metrics) -> Metrics:
+def per_target(sums: Metrics) -> Metrics:
     """Sums over targets (`*_sum`) become means."""
-    targets = max(1.0, totals.get("train/targets", 0.0))
+    targets = max(1.0, sums.get("targets", 0.0))
     return {
         name.removesuffix("_sum"): value / targets if name.endswith("_sum") else value
-        for name, value in totals.items()
+        for name, value in sums.items()
     }
 
 

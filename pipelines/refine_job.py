@@ -7,30 +7,32 @@ the model. The loop itself is in refine.py.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
+from fewstep.actors.placement import require_room
 from fewstep.actors.replica import ReplicaSettings
 from fewstep.actors.replica_pool import ReplicaPool
 from fewstep.actors.trainer import TrainerGroup
 from fewstep.actors.verifier import VerifierPool
-from fewstep.kernels.model.checkpoint import load_tokenizer, save_model, state_checksum
+from fewstep.kernels.model.checkpoint import load_state, load_tokenizer, save_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.frontier import measure
 from fewstep.pipelines.models import model_folder
 from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.objectives.credit import RefineObjective
+from fewstep.pipelines.progress import read_progress, write_progress
 from fewstep.pipelines.refine import Progress, Workers, refine
 from fewstep.pipelines.refine_report import RefineResult, conclude
-from fewstep.pipelines.settings import RefineConfig
+from fewstep.pipelines.settings import VERIFIER_CPUS, RefineConfig
 from fewstep.pipelines.tasks.family import tasks as family_tasks
 from fewstep.platform.artifacts import atomic_folder, atomic_write_text
 from fewstep.platform.config import render_config
@@ -47,10 +49,14 @@ HELD_OUT_SEED = 0
 def run(config: RefineConfig) -> RefineResult:
     """The whole job inside an open Ray session."""
     started = time.monotonic()
-    folder = model_folder(config.model, config.tracking_uri or sqlite_uri(config.out))
+    folder = model_folder(config.model, config.tracking_uri or "")
     model = ModelConfig.load(folder)
     tokenizer = load_tokenizer(folder, model)
     objective = make_objective(config)
+    fingerprint = _fingerprint(config, state_checksum(load_state(folder, model)))
+    # Everything that can be refused is refused here, before anything is started or written.
+    saved = read_progress(config.out / "checkpoint", fingerprint, resume=config.resume)
+    require_room("refinement", 1, config.total_cpus)
     config.out.mkdir(parents=True, exist_ok=True)
     atomic_write_text(config.out / "config.yaml", render_config(config))
     held_out = family_tasks(config.num_eval_tasks, HELD_OUT_SEED, held_out=True)
@@ -60,7 +66,7 @@ def run(config: RefineConfig) -> RefineResult:
         pool = stack.enter_context(
             ReplicaPool(folder, config.num_replicas, run_id=tracker.run_id, settings=settings)
         )
-        verifiers = stack.enter_context(VerifierPool(config.num_verifiers))
+        verifiers = stack.enter_context(VerifierPool(config.num_verifiers, num_cpus=VERIFIER_CPUS))
         trainer = TrainerGroup(
             model, folder, config.trainer, OBJECTIVES.get(config.objective, config.objective),
             config.objective_options, num_cpus=config.trainer_cpus,
@@ -69,17 +75,17 @@ def run(config: RefineConfig) -> RefineResult:
         frontier = _Frontier(config, held_out, pool, verifiers, tokenizer)
         before = frontier.measure("before")
         workers = Workers(pool.generate, verifiers.verify, trainer, _pusher(pool))
-        progress, save = _checkpointing(config, trainer)
-        refine_started = time.monotonic()
+        progress = _starting_point(config, saved, trainer, tracker)
         # The replicas hold the starting weights; a resumed run's are the checkpoint's.
         workers.push(trainer.state(), WeightVersion(tracker.run_id, progress.step, ""))
+        save = _saver(config, fingerprint, trainer)
         progress = refine(config, model, tokenizer, objective, workers, tracker, progress, save)
         save(progress)
-        refine_seconds = time.monotonic() - refine_started
         after = frontier.measure("after")
         save_model(config.out / "model", trainer.state(), model, tokenizer)
         extra = {
-            "refine_seconds": refine_seconds,
+            "refine_seconds": progress.seconds,
+            "resumed_at_step": saved["step"] if saved else 0,
             "total_seconds": time.monotonic() - started,
             "settings": config.model_dump(mode="json"),
             "replicas_replaced": sum(member.restarts for member in pool.fleet.members.values()),
@@ -139,7 +145,7 @@ def state_digest(parts: Iterable[str]) -> str:
 
 
 class _Frontier:
-    """Measures one model on the held-out tasks; a finished measurement is kept for a resumed run."""
+    """Measures the replicas' model on the held-out tasks and keeps every answer as Parquet."""
 
     def __init__(
         self,
@@ -172,30 +178,34 @@ def _pusher(pool: ReplicaPool) -> Callable[[Mapping[str, torch.Tensor], WeightVe
     return push
 
 
-def _checkpointing(
-    config: RefineConfig, trainer: TrainerGroup
-) -> tuple[Progress, Callable[[Progress], None]]:
-    """The progress to start from, and the function that saves it (temporary folder, then rename)."""
-    path = config.out / "checkpoint"
-    fingerprint = config.model_copy(
-        update={"out": Path(), "resume": True, "tracking_uri": None}
-    ).model_dump_json()
+def _fingerprint(config: RefineConfig, weights: str) -> str:
+    """Configuration and starting weights; where a run is kept is not part of what it computes."""
+    kept = config.model_copy(update={"out": Path(), "resume": True, "tracking_uri": None, "model": ""})
+    return f"{weights} {kept.model_dump_json()}"
 
-    def save(progress: Progress) -> None:
-        with atomic_folder(path) as folder:
-            trainer.save(folder.resolve())
-            (folder / "progress.json").write_text(json.dumps({"config": fingerprint, **asdict(progress)}))
 
-    if not (config.resume and (path / "progress.json").is_file()):
+def _starting_point(
+    config: RefineConfig, saved: dict[str, Any] | None, trainer: TrainerGroup, tracker: MlflowTracker
+) -> Progress:
+    """Step 0, or the checkpoint's step with its weights loaded and its curve told to the new tracker run."""
+    if saved is None:
         # Rollouts of an older run in this folder are that run's; MLflow has its copies.
         shutil.rmtree(config.out / "rollouts", ignore_errors=True)
-        return Progress(threshold=config.curriculum.start), save
-    saved = json.loads((path / "progress.json").read_text())
-    if saved.pop("config") != fingerprint:
-        raise ConfigError(
-            "out", str(config.out), "a folder without a checkpoint of another configuration",
-            "choose another out, or resume=false to start over",
-        )  # fmt: skip
-    trainer.load(path.resolve())
-    print(f"resumed at step {saved['step']}", flush=True)
-    return Progress(**saved), save
+        return Progress(threshold=config.curriculum.start)
+    trainer.load((config.out / "checkpoint").resolve())
+    progress = Progress(**saved)
+    for row in progress.history:
+        tracker.log_metrics({k: v for k, v in row.items() if k not in ("step", "seconds")}, int(row["step"]))
+    print(f"resumed at step {progress.step}", flush=True)
+    return progress
+
+
+def _saver(config: RefineConfig, fingerprint: str, trainer: TrainerGroup) -> Callable[[Progress], None]:
+    """Writes the checkpoint whole or not at all."""
+
+    def save(progress: Progress) -> None:
+        with atomic_folder(config.out / "checkpoint") as folder:
+            trainer.save(folder.resolve())
+            write_progress(folder, fingerprint, asdict(progress))
+
+    return save

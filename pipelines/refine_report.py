@@ -55,12 +55,13 @@ class RefineResult:
 
 def _report(before: list[FrontierPoint], after: list[FrontierPoint], progress: Progress) -> dict[str, Any]:
     speedup = compare(before, after)
+    best = 100.0 * max(point.pass_at_1 for point in (*before, *after))
     return {
         **speedup_record(speedup),
         "frontier_before": [point_record(point) for point in before],
         "frontier_after": [point_record(point) for point in after],
-        "aup_before": accuracy_under_parallelism(before),
-        "aup_after": accuracy_under_parallelism(after),
+        "aup_before": accuracy_under_parallelism(before, best=best),
+        "aup_after": accuracy_under_parallelism(after, best=best),
         "steps": progress.step,
         "machine": machine_info(),
         "commit": git_commit(),
@@ -81,6 +82,8 @@ def conclude(
     table = comparison_table(before, after, speedup)
     atomic_write_text(out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in progress.history))
     served = speedup.after or after[0]
+    # A model that lost the bar, or is slower at it, must not become what others serve.
+    held = speedup.speedup_forwards is not None and speedup.speedup_forwards >= 1.0
     _draw(config, tokenizer, before, after, served, progress)
     for name in FIGURES:
         tracker.log_figure(name, out / f"{name}.png", step=progress.step)
@@ -93,14 +96,14 @@ def conclude(
         tracker,
         out / "model",
         name=config.register_as,
-        alias="champion",
+        alias="champion" if held else "candidate",
         metrics=summary,
         input_example=Specification.parse(_kept(out, "after", served)[0].task_id).prompt,
         policy=served.policy,
         step=progress.step,
         dataset="family-held-out",
     )
-    report = {**_report(before, after, progress), **extra}
+    report = {**_report(before, after, progress), **extra, "held_bar": held}
     report["mlflow"] = {"tracking_uri": tracker.uri, "run_id": tracker.run_id, "model_uri": uri}
     atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     tracker.log_artifact(out / "report.json")

@@ -8,9 +8,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from fewstep.actors.trainer_settings import TrainerSettings
-from fewstep.pipelines.models import DEMO_TRACKING_URI
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy
+
+VERIFIER_CPUS = 0.1
+"""Logical CPUs a verifier reserves: a verdict takes milliseconds."""
 
 
 class ModelSize(Config):
@@ -70,6 +72,8 @@ class PretrainConfig(Config):
 
     @model_validator(mode="after")
     def _phases_fit(self) -> PretrainConfig:
+        if self.batch_size < self.trainer.num_ranks:
+            raise ValueError("batch_size must be at least trainer.num_ranks")
         if abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
             raise ValueError("the shares of phases must add up to 1")
         if self.phases[-1].block_size != self.model.block_size:
@@ -163,7 +167,20 @@ class RefineConfig(Config):
     """MLflow store; None = a sqlite file in `out`."""
     experiment: str = "fewstep"
     register_as: str = "fewstep-tiny"
-    """Name in the model registry; the refined model gets the alias `champion`."""
+    """Name in the model registry; the refined model gets the alias `champion`, or `candidate` if it
+    did not hold the unrefined model's bar."""
+
+    @property
+    def total_cpus(self) -> float:
+        """Logical CPUs of all actors together."""
+        ranks = self.trainer.num_ranks * self.trainer_cpus
+        return self.num_replicas * self.replica_cpus + self.num_verifiers * VERIFIER_CPUS + ranks
+
+    @model_validator(mode="after")
+    def _every_rank_has_work(self) -> RefineConfig:
+        if self.prompts_per_step < self.updates_per_step * self.trainer.num_ranks:
+            raise ValueError("prompts_per_step must be at least updates_per_step x trainer.num_ranks")
+        return self
 
 
 class EvaluateConfig(Config):
@@ -171,8 +188,8 @@ class EvaluateConfig(Config):
 
     model: str = ""
     """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
-    tracking_uri: str = DEMO_TRACKING_URI
-    """The MLflow store that a models:/ address is looked up in."""
+    tracking_uri: str = ""
+    """MLflow store that a models:/ address is looked up in; empty = MLFLOW_TRACKING_URI, else the demo's."""
     out: Path = Path("runs/evaluate")
     """Folder for the report, the figures and the trajectories."""
     humaneval: bool = False

@@ -96,6 +96,9 @@ class EngineHost:
         done: Future[None] = Future()
 
         def swap() -> None:
+            if self._death is not None:
+                done.set_exception(self._death)
+                return
             try:
                 self._engine.load_weights(state, version)
             except CheckpointError as error:
@@ -152,7 +155,10 @@ class EngineHost:
             self._death = death
             late, self._commands = self._commands, []
         for command in late:
-            command()
+            try:
+                command()
+            except Exception:
+                _logger.exception("a command came too late for the engine")
         for reader in self._readers.values():
             reader.put(death)
 
@@ -162,8 +168,10 @@ class EngineHost:
             self._changed.wait_for(lambda: self._closing or self._commands or self._engine.has_work)
             if self._closing:
                 return False
-            commands, self._commands = self._commands, []
-        for command in commands:
+        # One at a time: behind a command that raises, the others stay in the list for `_run` to settle.
+        while self._commands:
+            with self._changed:
+                command = self._commands.pop(0)
             command()
         for update in self._engine.step():
             reader = self._readers[update.request_id]

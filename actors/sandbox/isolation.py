@@ -20,6 +20,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 from contextlib import suppress
@@ -74,14 +75,19 @@ class Plan:
 
 
 def plans(mode: str) -> list[Plan]:
-    """What to try, strongest first. mode: auto; require (namespaces or nothing); user (through a user namespace only,
-    as somebody without privileges would); off (no namespaces)."""
+    """What to try, strongest first. mode: auto (namespaces, or else a user id per program, or else nothing: under the
+    user's own id a program could change the user's files); require (namespaces or nothing); user (through a user
+    namespace only, as somebody without privileges would); off (no namespaces, under the user's own id if need be)."""
     root = os.geteuid() == 0
     isolated = [Plan(True, False, True)] if root else []
     isolated.append(Plan(True, True, False))
-    bare = [Plan(False, False, True)] if root else []
-    bare.append(Plan(False, False, False))
-    return {"auto": isolated + bare, "require": isolated, "user": isolated[-1:], "off": bare}[mode]
+    separate = [Plan(False, False, True)] if root else []
+    return {
+        "auto": isolated + separate,
+        "require": isolated,
+        "user": isolated[-1:],
+        "off": [*separate, Plan(False, False, False)],
+    }[mode]
 
 
 @dataclass
@@ -160,13 +166,32 @@ class Isolation:
         )
 
     def make_scratch(self) -> str | None:
-        """A working folder on the host for one child, or None where `confine` mounts one."""
-        return None if self.plan.namespaces else tempfile.mkdtemp(prefix="fewstep-sandbox-")
+        """A working folder on the host for one child, or None where `confine` mounts one. It lies in a folder of the
+        zygote's, so that a child with a user id of its own can neither move it nor put anything in its place."""
+        if self.plan.namespaces:
+            return None
+        parent = tempfile.mkdtemp(prefix="fewstep-sandbox-")
+        os.chmod(parent, 0o711)
+        scratch = os.path.join(parent, "work")
+        os.mkdir(scratch, 0o700)
+        return scratch
 
-    def remove_scratch(self, folder: str) -> None:
-        """Removes what `make_scratch` made, whatever the program did to it."""
-        os.chmod(folder, 0o700)
-        shutil.rmtree(folder)
+    def remove_scratch(self, scratch: str) -> None:
+        """Removes what `make_scratch` made, whatever the program did to it: under the zygote's own user id it may have
+        been moved, removed or replaced, its parent too. No link is followed."""
+        parent = os.path.dirname(scratch)
+        try:
+            if not stat.S_ISDIR(os.lstat(parent).st_mode):
+                os.unlink(parent)
+                return
+        except FileNotFoundError:
+            return
+        _open_up(parent)
+        with os.scandir(parent) as entries:
+            folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for folder in folders:
+            _open_up(folder)
+        shutil.rmtree(parent)
 
     def fork(self) -> int:
         """os.fork into a pid namespace of the child's own, where the plan has them."""
@@ -244,6 +269,16 @@ class Isolation:
             hard = resource.getrlimit(which)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(which, (value, value))
+
+
+def _open_up(folder: str) -> None:
+    """chmod 0700, of a folder and of nothing else."""
+    # chmod itself follows links; this descriptor cannot stand for one.
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: str, text: str) -> None:

@@ -29,6 +29,14 @@ _EXIT_GRACE_SECONDS = 0.25
 _ATTEMPTS = 2
 _CHECKER_FRAME_BYTES = 1 << 26
 _SIGKILL = 9
+# What a host must offer, and what to do where it does not.
+_NEEDS = {
+    "isolated": (
+        "user namespaces, or root with namespaces or a user id for every program",
+        "allow unprivileged user namespaces, or run in a container that has them",
+    ),
+    "off": ("seccomp", "run on a kernel that has it"),
+}
 _KNOWN_FAILURES: dict[str, Outcome] = {
     "syntax_error": "syntax_error",
     "memory": "memory",
@@ -76,8 +84,9 @@ class Sandbox:
 
     Args:
         limits: ceilings of every program.
-        namespaces: auto takes what the host gives; require refuses a host without namespaces; user takes no more
-            than somebody without privileges gets; off does without.
+        namespaces: auto takes what the host gives, but refuses a host that gives programs neither namespaces nor a
+            user id of their own; require refuses a host without namespaces; user takes no more than somebody without
+            privileges gets; off does without, and then the user's files may be readable and writable to programs.
     Raises:
         ResourceError: the host cannot isolate as asked.
     """
@@ -145,11 +154,11 @@ class Sandbox:
         try:
             return Zygote(caps, self._namespaces)
         except ZygoteFailure as error:
+            allowed, fix = _NEEDS["off" if self._namespaces == "off" else "isolated"]
+            if self._namespaces == "auto":
+                fix += ', or accept programs that can read and write your files: Sandbox(namespaces="off")'
             raise ResourceError(
-                "sandbox isolation",
-                f"a host that refuses ({error})",
-                "user namespaces, or root, or seccomp",
-                "allow unprivileged user namespaces, or run in a container that has them",
+                "sandbox isolation", f"a host that refuses ({error})", allowed, fix
             ) from error
 
     def _restart(self) -> None:

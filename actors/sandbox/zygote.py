@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from fewstep.actors.sandbox.isolation import Caps, Isolation, Plan
 
 PLAN_REFUSED = 99
 _REAP_SECONDS = 5.0
+_OPEN_FILES = 4096
 # Imported before the first fork because programs ask for them; an import in the child would cost every verdict.
 _WARM_MODULES = [
     "bisect",
@@ -55,7 +57,10 @@ _WARM_MODULES = [
 
 def main(control_descriptor: int, settings: dict[str, Any]) -> None:
     """Tries the plans in order, serves the first that works; exits with PLAN_REFUSED if none does."""
-    control = socket.socket(fileno=control_descriptor)
+    _lower_open_files()
+    # The lowest free number: every child closes what lies between its own descriptors and the limit, no more.
+    control = socket.socket(fileno=os.dup(control_descriptor))
+    os.close(control_descriptor)
     # Under memory pressure the kernel should take the sandbox, not its owner.
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
@@ -77,6 +82,15 @@ def main(control_descriptor: int, settings: dict[str, Any]) -> None:
             sys.exit(code & 0xFF)
     control.send(json.dumps({"refused": "; ".join(refusals)}).encode()[:60_000])
     sys.exit(PLAN_REFUSED)
+
+
+def _lower_open_files() -> None:
+    """At most _OPEN_FILES descriptors from here on. Where close_range(2) is missing a child closes one number after the
+    other up to the hard limit, and hosts set that as high as 10^9."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > _OPEN_FILES:
+        soft = _OPEN_FILES if soft == resource.RLIM_INFINITY else min(soft, _OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, _OPEN_FILES))
 
 
 def _attempt(control: socket.socket, isolation: Isolation, refusal: int) -> None:

@@ -241,6 +241,13 @@ def _check_together(body: _Body) -> None:
         raise RequestError("stream_options", "it without stream", "stream=true", "set stream or remove it")
     if len(body.stops) > MAX_STOPS:
         raise RequestError("stop", f"{len(body.stops)} strings", f"at most {MAX_STOPS}", "send fewer")
+    if isinstance(body, CompletionBody) and len(body.prompts) * body.n > MAX_CHOICES:
+        raise RequestError(
+            "n",
+            f"{len(body.prompts)} prompts x {body.n}",
+            f"at most {MAX_CHOICES} choices",
+            "send fewer prompts at once",
+        )
     if isinstance(body, ChatBody) and None not in (body.max_tokens, body.max_completion_tokens):
         raise RequestError(
             "max_tokens", "it and max_completion_tokens", "one of the two", "keep max_completion_tokens"

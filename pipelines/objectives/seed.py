@@ -68,14 +68,14 @@ class Seed:
         self, logprob: torch.Tensor, entropy: torch.Tensor, rows: RowTensors
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         advantage = rows.extras["advantage"]
-        log_ratio = (logprob - rows.extras["old_logprob"]).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        ratio = log_ratio.exp()
+        log_ratio = logprob - rows.extras["old_logprob"]
+        ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
         clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)
         surrogate = torch.minimum(ratio * advantage, clipped * advantage)
         loss = -(rows.weights * surrogate).sum()
         outside = (ratio - clipped).abs() > 0
         return loss, {
             "clipped_sum": outside.float().sum().detach(),
-            "mismatch_sum": log_ratio.abs().sum().detach(),
+            "mismatch_sum": log_ratio.detach().abs().sum(),
             "entropy_sum": entropy.detach().sum(),
         }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.trainer import TrainerGroup, _micro_batches
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.config import ModelConfig
@@ -46,35 +46,44 @@ def _samples(seed: int, count: int = 8) -> list[SampleRows]:
     return samples
 
 
-def _train(settings: TrainerSettings, steps: int = 4) -> tuple[list[float], dict[str, torch.Tensor]]:
+def _train(
+    settings: TrainerSettings, steps: int = 4, count: int = 8
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms and final weights."""
     group = TrainerGroup(CONFIG, 7, settings, OBJECTIVE, num_cpus=0.5)
     try:
-        losses = [group.update(_samples(step), 1e-2)["loss"] for step in range(steps)]
-        return losses, group.state()
+        metrics = [group.update(_samples(step, count), 1e-2) for step in range(steps)]
+        return [m["loss"] for m in metrics], [m["grad_norm"] for m in metrics], group.state()
     finally:
         group.close()
 
 
 def test_two_ranks_compute_what_one_does() -> None:
-    one_losses, one = _train(TrainerSettings())
-    two_losses, two = _train(TrainerSettings(num_ranks=2))
+    one_losses, one_norms, one = _train(TrainerSettings())
+    two_losses, two_norms, two = _train(TrainerSettings(num_ranks=2))
     assert one_losses == pytest.approx(two_losses, rel=1e-4)
+    # Adam forgives a gradient of the wrong size; the norm before clipping does not.
+    assert one_norms == pytest.approx(two_norms, rel=1e-3)
     for name, tensor in one.items():
         # Sums in another order differ by rounding, and Adam's first steps magnify what is near zero.
         torch.testing.assert_close(two[name], tensor, atol=2e-3, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_sharded_optimiser_states_change_nothing(stage: int) -> None:
-    plain_losses, _ = _train(TrainerSettings(num_ranks=2))
-    losses, _ = _train(TrainerSettings(num_ranks=2, zero_stage=stage))
+def test_a_sharded_optimiser_changes_nothing() -> None:
+    plain_losses, plain_norms, _ = _train(TrainerSettings(num_ranks=2))
+    losses, norms, _ = _train(TrainerSettings(num_ranks=2, zero_stage=1))
     assert losses == pytest.approx(plain_losses, rel=1e-3)
+    assert norms == pytest.approx(plain_norms, rel=1e-2)
 
 
-def test_micro_batches_accumulate_the_same_gradient() -> None:
-    whole, _ = _train(TrainerSettings(micro_rows=100_000))
-    pieces, _ = _train(TrainerSettings(micro_rows=256))
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_micro_batches_accumulate_the_same_gradient(num_ranks: int) -> None:
+    """At 256 rows the ranks' shares fall into several micro-batches, not equally many."""
+    assert len(_micro_batches(_samples(0, 33), 256)) > 2
+    whole, whole_norms, _ = _train(TrainerSettings(num_ranks=num_ranks, micro_rows=100_000), count=33)
+    pieces, norms, _ = _train(TrainerSettings(num_ranks=num_ranks, micro_rows=256), count=33)
     assert whole == pytest.approx(pieces, rel=1e-4)
+    assert whole_norms == pytest.approx(norms, rel=1e-3)
 
 
 def test_a_checkpoint_restores_every_bit(tmp_path: Path) -> None:

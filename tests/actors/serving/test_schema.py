@@ -73,6 +73,7 @@ def test_values_that_ask_for_nothing_pass(
         ({"n": 129}, "n", "less than or equal to 128"),
         ({"n": True}, "n", "valid integer"),
         ({"n": "2"}, "n", "valid integer"),
+        ({"n": 3, "prompt": ["a"] * 43}, "n", "at most 128 choices"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
