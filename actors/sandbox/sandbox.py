@@ -30,11 +30,15 @@ _ATTEMPTS = 2
 _CHECKER_FRAME_BYTES = 1 << 26
 _SIGKILL = 9
 # What a host must offer, and what to do where it does not.
+_ALLOW_NAMESPACES = "allow unprivileged user namespaces, or run in a container that has them"
 _NEEDS = {
-    "isolated": (
-        "user namespaces, or root with namespaces or a user id for every program",
-        "allow unprivileged user namespaces, or run in a container that has them",
+    "auto": (
+        "namespaces, or root with seccomp and a user id for every program",
+        f"{_ALLOW_NAMESPACES}, or accept programs that can read and write your files: "
+        'Sandbox(namespaces="off")',
     ),
+    "require": ("namespaces", _ALLOW_NAMESPACES),
+    "user": ("user namespaces", _ALLOW_NAMESPACES),
     "off": ("seccomp", "run on a kernel that has it"),
 }
 _KNOWN_FAILURES: dict[str, Outcome] = {
@@ -154,9 +158,7 @@ class Sandbox:
         try:
             return Zygote(caps, self._namespaces)
         except ZygoteFailure as error:
-            allowed, fix = _NEEDS["off" if self._namespaces == "off" else "isolated"]
-            if self._namespaces == "auto":
-                fix += ', or accept programs that can read and write your files: Sandbox(namespaces="off")'
+            allowed, fix = _NEEDS[self._namespaces]
             raise ResourceError(
                 "sandbox isolation", f"a host that refuses ({error})", allowed, fix
             ) from error

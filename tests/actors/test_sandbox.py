@@ -1,7 +1,10 @@
 """Outcome classes, scores and the sandbox's own failures."""
 
 import os
+import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from threading import Timer
 
@@ -188,3 +191,77 @@ def test_a_host_that_cannot_isolate_is_refused_in_one_line(monkeypatch: pytest.M
     with pytest.raises(ResourceError, match="sandbox isolation") as caught:
         Sandbox()
     assert "\n" not in str(caught.value)
+
+
+# A process that may neither enter namespaces nor change its user id, on any host and as any user, asks for a sandbox.
+DEPRIVED = """
+import sys
+from fewstep.actors.sandbox import linux
+from fewstep.actors.sandbox.sandbox import Sandbox
+from fewstep.platform.errors import ResourceError
+from fewstep.platform.records import Check
+
+linux.drop_capabilities()
+linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+linux.install_seccomp(linux.seccomp_program(own_pid=None, may_fork=True, may_make_directories=True))
+try:
+    with Sandbox(namespaces=sys.argv[1]) as box:
+        verdict = box.run("def f(x): return 3 * x", Check("call", "f", inputs=((2,),), expected=(6,)), 2.0)
+        print(verdict.outcome, box.isolation)
+except ResourceError as error:
+    print(error)
+"""
+
+
+def deprived(namespaces: str) -> str:
+    command = [sys.executable, "-c", DEPRIVED, namespaces]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def test_the_users_own_id_is_not_fallen_back_to() -> None:
+    message = deprived("auto")
+    assert message.startswith("sandbox isolation: got a host that refuses (")
+    assert "unshare: Operation not permitted" in message
+    assert "allowed: namespaces, or root" in message
+    assert 'Sandbox(namespaces="off")' in message
+    assert "\n" not in message
+
+
+def test_the_users_own_id_is_used_when_asked_for() -> None:
+    outcome, isolation = deprived("off").split()
+    assert outcome == "passed"
+    assert not {"uid", "mountns"} & set(isolation.split("+"))
+
+
+def test_the_zygote_lowers_the_limit_a_child_may_have_to_close_up_to() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Sandbox() as box:
+        assert resource.prlimit(box.zygote_pid, resource.RLIMIT_NOFILE)[1] <= 4096
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+def test_an_owner_with_many_open_files_leaks_none() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 5000:
+        pytest.skip("this host allows too few open files to get past the zygote's limit")
+    program = """
+import os
+def is_open(fd):
+    try: os.fstat(fd)
+    except OSError: return False
+    return True
+def f(): return [fd for fd in range(5000) if is_open(fd)]
+"""
+    check = Check("call", "f", inputs=((),), expected=([0, 1, 2, 3],))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (5000, hard))
+    canaries = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while canaries[-1] < 4100:
+            canaries.append(os.dup(canaries[0]))
+        with Sandbox() as box:
+            verdict = box.run(program, check, 5.0)
+    finally:
+        for descriptor in canaries:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert verdict.passed, verdict

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.actors.sandbox import launcher
+from fewstep.actors.sandbox.isolation import Plan
 from fewstep.actors.sandbox.sandbox import Limits, Sandbox
 from fewstep.platform.errors import ResourceError
 from fewstep.platform.records import Check, Verdict
@@ -369,3 +371,64 @@ def succeeds(attempt):
     except OSError: return False
 """
     assert told(sandbox, "[name for name, attempt in attempts.items() if succeeds(attempt)]", setup) == "[]"
+
+
+# Each does to its working folder what it may; {target} is a folder of the sandbox's owner.
+FOLDER_ATTACKS = {
+    "remove": "os.rmdir(here)",
+    "remove_with_its_parent": "os.rmdir(here); os.rmdir(parent)",
+    "rename": "os.rename(here, parent + '/moved')",
+    "replace_by_a_link": "os.rmdir(here); os.symlink({target!r}, here)",
+    "replace_by_a_file": "os.rmdir(here); open(here, 'w').close()",
+    "replace_the_parent_by_a_link": "os.rmdir(here); os.rmdir(parent); os.symlink({target!r}, parent)",
+    "replace_the_parent_by_a_file": "os.rmdir(here); os.rmdir(parent); open(parent, 'w').close()",
+    "fill_the_parent": "open(parent + '/file', 'w').close(); os.symlink({target!r}, parent + '/link')",
+    "lock": "open('file', 'w').close(); os.chmod(here, 0); os.chmod(parent, 0)",
+    "link_inside": "os.symlink({target!r}, 'link'); os.symlink('/', 'root')",
+}
+
+
+@pytest.fixture(scope="module", params=["own user id", "the owner's user id"])
+def mountless(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """The two isolations in which the working folder lies on the host."""
+    own_uid = request.param == "own user id"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "plans", lambda mode: [Plan(False, False, own_uid)])
+        try:
+            box = Sandbox(namespaces="off")
+        except ResourceError as error:
+            pytest.skip(str(error))
+    with box:
+        yield box
+
+
+def folder_attack(name: str, target: Path) -> str:
+    act = FOLDER_ATTACKS[name].format(target=str(target))
+    return f"""
+import os
+here = os.getcwd()
+parent = os.path.dirname(here)
+def f(x):
+    try:
+        {act}
+    except OSError as error: raise KeyError(type(error).__name__)
+    raise KeyError("done")
+"""
+
+
+@pytest.mark.parametrize("name", FOLDER_ATTACKS)
+def test_no_program_turns_its_folder_against_the_zygote(
+    mountless: Sandbox, name: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "canary").write_text("canary")
+    target.chmod(0o711)
+    verdict = attacked(mountless, folder_attack(name, target), CALL)
+    own_uid = "uid" in mountless.isolation.split("+")
+    came_of_it = "PermissionError" if own_uid and name != "link_inside" else "done"
+    assert verdict.detail == f"KeyError: {came_of_it!r}"
+    assert target.stat().st_mode & 0o7777 == 0o711
+    assert (target / "canary").read_text() == "canary"
+    honest = f"def f(x):\n    open('file', 'w').close()\n    return {SECRET} + x - 1"
+    assert mountless.run(honest, CALL, TIMEOUT_S).passed
