@@ -34,8 +34,7 @@ _ALLOW_NAMESPACES = "allow unprivileged user namespaces, or run in a container t
 _NEEDS = {
     "auto": (
         "namespaces, or root with seccomp and a user id for every program",
-        f"{_ALLOW_NAMESPACES}, or accept programs that can read and write your files: "
-        'Sandbox(namespaces="off")',
+        _ALLOW_NAMESPACES + ', or let programs read and write your files: Sandbox(namespaces="off")',
     ),
     "require": ("namespaces", _ALLOW_NAMESPACES),
     "user": ("user namespaces", _ALLOW_NAMESPACES),
