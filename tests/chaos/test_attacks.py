@@ -408,6 +408,8 @@ def folder_attack(name: str, target: Path) -> str:
 import os
 here = os.getcwd()
 parent = os.path.dirname(here)
+# A sandbox that fails this test must not take the machine's temporary folder with it.
+if not os.path.basename(parent).startswith("fewstep-sandbox-"): raise ValueError(parent)
 def f(x):
     try:
         {act}
