@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -159,12 +161,16 @@ def test_refinement_needs_fewer_forwards_and_survives_killed_workers(tmp_path: P
 
 def _kill_workers(rollouts: Path) -> None:
     """kill -9 one replica and one verifier worker of this test's own cluster, once two steps are done."""
-    import psutil
-
     while not (rollouts / "step_00001.parquet").is_file():
         time.sleep(0.2)
     for name in ("ray::Replica", "ray::VerifierWorker"):
-        found = [
-            p for p in psutil.Process().children(recursive=True) if p.cmdline()[:1] and name in p.cmdline()[0]
-        ]
-        os.kill(found[0].pid, signal.SIGKILL)
+        os.kill(_worker(name), signal.SIGKILL)
+
+
+def _worker(name: str) -> int:
+    """The pid of one of this test's own Ray workers, by the title Ray gives it."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # gone, or a zombie of an earlier session
+            if any(name in part for part in process.cmdline()[:1]):
+                return process.pid
+    raise AssertionError(f"no {name} is running")
