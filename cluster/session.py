@@ -78,7 +78,8 @@ def ray_session(
 ) -> Iterator[Session]:
     """Start a local Ray (or join `address`) for the length of a `with` block.
 
-    A SIGTERM inside the block becomes SystemExit(143), so the block's own clean-up runs, as with Ctrl-C. After a
+    A SIGTERM inside the block is a KeyboardInterrupt there and leaves it as SystemExit(143), so the block's own
+    clean-up runs as with Ctrl-C. After a
     SIGKILL of this process the kernel ends Ray's servers and workers; Ray's two agents follow within a minute,
     and the temporary folder stays.
 
@@ -292,12 +293,22 @@ def _terminate_as_exit() -> Iterator[None]:
         yield  # Python delivers signals to the main thread only
         return
 
+    terminated = False
+
     def on_terminate(_signal: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+        nonlocal terminated
+        terminated = True
+        # Not SystemExit(143) at once: inside a waiting ray.get Ray turns any SystemExit into SystemExit(1), and
+        # who cleans up on the way out could no longer tell a signal from a failure. Ctrl-C's exception it keeps.
+        raise KeyboardInterrupt
 
     old = signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield
+    except KeyboardInterrupt:
+        if terminated:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, old)
 

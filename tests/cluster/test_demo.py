@@ -60,7 +60,8 @@ def test_the_demo_measures_refines_tracks_and_serves(tmp_path: Path) -> None:
     assert "fewstep serve --model" in text
 
 
-def test_ctrl_c_ends_everything_and_the_run_says_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_everything_and_the_run_says_killed(tmp_path: Path, number: int, code: int) -> None:
     process = _start(tmp_path, "refine.steps=500")
     assert process.stdout is not None
     for line in process.stdout:
@@ -68,9 +69,9 @@ def test_ctrl_c_ends_everything_and_the_run_says_killed(tmp_path: Path) -> None:
             break
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) > 5
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.stdout.read()
-    assert process.wait(120) == 130
+    assert process.wait(120) == code
     _, alive = psutil.wait_procs(started, timeout=30)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     assert _statuses(tmp_path) == ["KILLED"]
