@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,7 @@ from fewstep.pipelines.models import model_folder
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy, Int16Array, Trajectory
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 _MASK = "░"
-_LINE_BREAK = "⏎"
 
 
 class GenerateConfig(Config):
@@ -52,6 +48,7 @@ def run(config: GenerateConfig) -> None:
     from fewstep.actors.engine.engine import Engine
     from fewstep.actors.engine.request import Request
     from fewstep.kernels.model.checkpoint import load_model, state_checksum
+    from fewstep.pipelines.film_strip import token_texts
     from fewstep.platform.records import WeightVersion
 
     torch.set_num_threads(1)
@@ -68,12 +65,6 @@ def run(config: GenerateConfig) -> None:
             file=sys.stderr,
         )
     print(engine.text_of(trajectory, config.stop))
-
-
-def token_texts(tokenizer: Tokenizer, trajectory: Trajectory) -> list[str]:
-    """The text of each canvas position on its own, special tokens by name, line breaks as `⏎`."""
-    texts = (tokenizer.decode([int(token)], skip_special_tokens=False) for token in trajectory.canvas_ids)
-    return [text.replace("\n", _LINE_BREAK) or "·" for text in texts]
 
 
 def film_strip(trajectory: Trajectory, texts: Sequence[str], block_size: int) -> str:

@@ -122,11 +122,3 @@ def edit_state(
         targets=np.where(answer, sample.tokens[start:], NO_TARGET),
         weights=answer.astype(np.float32),
     )
-
-
-def substituted(sample: Sample, rate: float, vocabulary: Tokens, draws: np.random.Generator) -> Tokens:
-    """The sample's tokens with a share `rate` of the answer replaced, for measuring repair."""
-    tokens = sample.tokens.copy()
-    hit = (draws.random(len(tokens)) < rate) & (np.arange(len(tokens)) >= sample.num_prompt)
-    tokens[hit] = vocabulary[draws.integers(len(vocabulary), size=int(hit.sum()))]
-    return tokens

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fewstep.cluster.generate import GenerateConfig, film_strip, run, token_texts
+from fewstep.cluster.generate import GenerateConfig, film_strip, run
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer
+from fewstep.pipelines.film_strip import token_texts
 from fewstep.pipelines.tasks.vocabulary import EOS, MASK, PAD, build_tokenizer
 from fewstep.platform.errors import CheckpointError
 from fewstep.platform.records import DecodePolicy, Trajectory

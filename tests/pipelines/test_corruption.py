@@ -12,7 +12,6 @@ from fewstep.pipelines.corruption import (
     Sample,
     edit_state,
     mask_states,
-    substituted,
 )
 from fewstep.platform.rng import generator
 
@@ -101,10 +100,3 @@ def test_edits_stay_under_the_cap_and_inside_their_block() -> None:
         num_edited.append(changed.sum())
     assert 0 in num_edited
     assert max(num_edited) > 4
-
-
-def test_substitution_rate() -> None:
-    sample = _sample(length=4000)
-    changed = substituted(sample, 0.05, VOCABULARY, generator("s")) != sample.tokens
-    assert not changed[: sample.num_prompt].any()
-    assert 0.03 < changed.mean() < 0.07
