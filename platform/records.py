@@ -11,25 +11,41 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Int32Array = NDArray[np.int32]
 Int16Array = NDArray[np.int16]
 Float32Array = NDArray[np.float32]
 
-PolicyKind = Literal["threshold", "static"]
+PolicyKind = Literal["threshold", "static", "entropy_bound", "factor"]
+CacheKind = Literal["exact", "none", "prefix", "dual"]
 FinishReason = Literal["stop", "length", "abort"]
 Outcome = Literal[
     "passed", "wrong_answer", "runtime_error", "syntax_error", "timeout", "memory", "sandbox_error"
 ]
 
 
+KIND_NUMBERS: dict[PolicyKind, str] = {
+    "threshold": "threshold",
+    "static": "tokens_per_step",
+    "entropy_bound": "entropy_bound",
+    "factor": "factor",
+}
+
+
 class DecodePolicy(BaseModel):
     """How the masked positions of a block are opened; one per request (design.md §2).
 
-    `threshold` opens every masked position whose confidence is at least `threshold`, and always at least the
-    best one (Fast-dLLM, 2505.22618). `static` opens the `tokens_per_step` most confident positions each step.
-    Confidence is the untempered softmax probability of the token that would be written.
+    Confidence is the untempered softmax probability of the token that would be written, entropy that of the same
+    distribution in nats. Every kind opens at least the best position of a step:
+
+    - `threshold` opens every masked position whose confidence is at least `threshold` (Fast-dLLM, 2505.22618).
+    - `static` opens the `tokens_per_step` most confident ones.
+    - `entropy_bound` opens the longest run of lowest-entropy positions whose entropies, the largest left out, add up
+      to at most `entropy_bound` (EB sampler, 2505.24857).
+    - `factor` opens the largest n with (n + 1)(1 - c_n) < `factor`, c_n the n-th highest confidence (Fast-dLLM).
+
+    A field of another kind than the chosen one would do nothing, so it is refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +53,35 @@ class DecodePolicy(BaseModel):
     kind: PolicyKind = "threshold"
     threshold: float = Field(default=0.9, gt=0.0, le=1.0, description="used by kind=threshold")
     tokens_per_step: int = Field(default=1, ge=1, description="used by kind=static")
+    entropy_bound: float = Field(default=0.1, ge=0.0, description="nats; used by kind=entropy_bound")
+    factor: float = Field(default=1.0, gt=0.0, description="used by kind=factor")
+    block_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="positions denoised together; None = the model's own, the only choice of a block-causal model",
+    )
+    cache: CacheKind = Field(
+        default="exact",
+        description="exact = all that changes no token; none = recompute everything; prefix and dual reuse stale keys "
+        "and values of a bidirectional model (Fast-dLLM's approximations)",
+    )
+    refresh_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="forwards of a block between recomputations of a prefix or dual cache; None = once a block",
+    )
+    edit_threshold: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="a written token is replaced by another one of more than this confidence (LLaDA2.1, 2602.08676); "
+        "None = written tokens stay",
+    )
+    max_edit_steps: int = Field(
+        default=16,
+        ge=0,
+        description="forwards that may edit a block after its last mask; used with edit_threshold",
+    )
     max_steps_per_block: int | None = Field(
         default=None,
         ge=1,
@@ -46,11 +91,34 @@ class DecodePolicy(BaseModel):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
+    @model_validator(mode="after")
+    def _every_field_acts(self) -> DecodePolicy:
+        idle = [name for name in KIND_NUMBERS.values() if name != KIND_NUMBERS[self.kind]]
+        if self.edit_threshold is None:
+            idle.append("max_edit_steps")
+        if self.cache not in ("prefix", "dual"):
+            idle.append("refresh_every")
+        for name in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} does nothing with {self._why_idle(name)}")
+        return self
+
+    def _why_idle(self, name: str) -> str:
+        if name == "max_edit_steps":
+            return "edit_threshold unset"
+        return f"cache={self.cache}" if name == "refresh_every" else f"kind={self.kind}"
+
+    @property
+    def number(self) -> float:
+        """The number that belongs to the kind, such as the threshold."""
+        return float(getattr(self, KIND_NUMBERS[self.kind]))
+
     def label(self) -> str:
         """Short name for tables and metric keys, such as `threshold_0.9` or `static_1`."""
-        return (
-            f"threshold_{self.threshold:g}" if self.kind == "threshold" else f"static_{self.tokens_per_step}"
-        )
+        name = f"{self.kind}_{self.number:g}"
+        if self.cache != "exact":
+            name += f"_{self.cache}"
+        return name if self.edit_threshold is None else f"{name}_edit_{self.edit_threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +141,7 @@ class Trajectory:
         prompt_ids: int32 [P].
         canvas_ids: int32 [N], the final token at every generated position, including what lies after the
             end-of-sequence token inside the last block.
+        suffix_ids: int32 [S], what the request asked to stand behind the canvas (infill); empty otherwise.
         step_map: int16 [N], the step at which the position was written; positions filled with end-of-sequence
             because an earlier one was committed carry that step and a NaN confidence (nobody chose them);
             -1 = never written: the token is still the mask (after an abort, a stop string or `length`).
@@ -83,6 +152,11 @@ class Trajectory:
             max_tokens and before a stop string.
         forwards: forwards in which the request took part.
         seed: the request's seed; weight versions: the first and the last the request saw.
+        edit_position, edit_step, edit_token, edit_logprob: [E], what editing wrote over: position in the canvas
+            (int32), the step at which the lost token had been written (int16), the token (int32) and its
+            log-probability then (float32). With the arrays above they are every write there was.
+        cache_drift: mean relative change ‖K - K'‖ / ‖K‖ of the keys that refreshes of an approximate cache
+            replaced; 0 where the cache is exact.
     """
 
     prompt_ids: Int32Array
@@ -97,6 +171,12 @@ class Trajectory:
     seed: int
     weight_version_first: str
     weight_version_last: str
+    edit_position: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+    edit_step: Int16Array = field(default_factory=lambda: np.empty(0, np.int16))
+    edit_token: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+    edit_logprob: Float32Array = field(default_factory=lambda: np.empty(0, np.float32))
+    cache_drift: float = 0.0
+    suffix_ids: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def completion_ids(self) -> Int32Array:

@@ -23,7 +23,7 @@ from fewstep.platform.artifacts import atomic_file
 from fewstep.platform.errors import UserError
 from fewstep.platform.records import DecodePolicy, Rollout, Trajectory, Verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _TOKEN_COLUMNS: dict[str, pa.DataType] = {
     "prompt_ids": pa.int32(),
@@ -31,6 +31,11 @@ _TOKEN_COLUMNS: dict[str, pa.DataType] = {
     "step_map": pa.int16(),
     "confidence": pa.float32(),
     "logprob": pa.float32(),
+    "edit_position": pa.int32(),
+    "edit_step": pa.int16(),
+    "edit_token": pa.int32(),
+    "edit_logprob": pa.float32(),
+    "suffix_ids": pa.int32(),
 }
 
 SCHEMA = pa.schema(
@@ -45,12 +50,20 @@ SCHEMA = pa.schema(
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("forwards", pa.int32(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("cache_drift", pa.float64(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("weight_version_first", pa.string(), nullable=False),
         pa.field("weight_version_last", pa.string(), nullable=False),
         pa.field("policy_kind", pa.string(), nullable=False),
         pa.field("policy_threshold", pa.float64(), nullable=False),
         pa.field("policy_tokens_per_step", pa.int32(), nullable=False),
+        pa.field("policy_entropy_bound", pa.float64(), nullable=False),
+        pa.field("policy_factor", pa.float64(), nullable=False),
+        pa.field("policy_block_size", pa.int32(), nullable=True),
+        pa.field("policy_cache", pa.string(), nullable=False),
+        pa.field("policy_refresh_every", pa.int32(), nullable=True),
+        pa.field("policy_edit_threshold", pa.float64(), nullable=True),
+        pa.field("policy_max_edit_steps", pa.int32(), nullable=False),
         pa.field("policy_max_steps_per_block", pa.int32(), nullable=True),
         pa.field("policy_temperature", pa.float64(), nullable=False),
         pa.field("policy_top_p", pa.float64(), nullable=False),
@@ -65,7 +78,7 @@ SCHEMA = pa.schema(
 )
 
 _TRAJECTORY_SCALARS = (
-    "num_tokens", "forwards", "finish_reason", "seed", "weight_version_first", "weight_version_last"
+    "num_tokens", "forwards", "finish_reason", "cache_drift", "seed", "weight_version_first", "weight_version_last"
 )  # fmt: skip
 _POLICY_FIELDS = tuple(DecodePolicy.model_fields)
 _VERDICT_FIELDS = ("outcome", "score", "tests", "seconds", "isolation", "detail")

@@ -13,6 +13,7 @@ import torch
 from fewstep.actors.engine.request import context_length
 from fewstep.kernels.attention import attend
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.rope import apply_rope
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,17 @@ class PackedAttention:
     def __init__(self, cache: SlotCache, groups: list[RowGroup]) -> None:
         self.cache, self.groups = cache, groups
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
         """q [1, R, H, D], k and v [1, R, K, D] to [1, R, H, D]; final rows go into the cache, live ones never."""
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out = torch.empty_like(q)
         for group in self.groups:
             size = len(group.slots)

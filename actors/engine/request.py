@@ -16,8 +16,13 @@ class Request:
     Attributes:
         request_id: unique among the requests the engine holds.
         prompt_ids: token ids, at least one, none of them the mask token.
-        max_tokens: committed tokens at most, the end of sequence included.
+        max_tokens: committed tokens at most, the end of sequence included; with `suffix_ids` exactly as many masks
+            stand between prompt and suffix.
         stop: the completion ends before the first of these strings.
+        stop_ids: further tokens that end the completion as the end of sequence does: counted, not shown.
+        suffix_ids: what stands behind the masks from the start and stays (infill). A bidirectional model sees all
+            of it from every mask, a block-causal one what shares a block with the mask.
+        ignore_eos: the end of sequence and `stop_ids` are tokens like others; for benchmarks of fixed length.
     """
 
     request_id: str
@@ -25,6 +30,9 @@ class Request:
     policy: DecodePolicy
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
     def validate(self, config: ModelConfig) -> None:
         """Raise a RequestError that names the first field this model cannot serve."""

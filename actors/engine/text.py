@@ -65,11 +65,12 @@ class TextStream:
         start = len(self._emitted)
         if not text.startswith(self._emitted):
             raise ValueError("the tokenizer's decoder rewrites earlier text, so it cannot be streamed")
+        end = len(text) if last else max(start, len(text) - _num_held_back(text, self._stop))
         cut = find_stop(text, self._stop, start)
-        if cut is not None:
+        # A stop string that begins earlier may still be under way: it wins once it is whole.
+        if cut is not None and cut <= end:
             self._emitted = text[:cut]
             return Piece(text[start:cut], self._tokens_before(ids, cut), True)
-        end = len(text) if last else max(start, len(text) - _num_held_back(text, self._stop))
         self._emitted = text[:end]
         if end == len(text):
             # Counted only once all their text is out: a stop string can no longer take them back.

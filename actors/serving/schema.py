@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from fewstep.platform.errors import RequestError
-from fewstep.platform.records import DecodePolicy
+from fewstep.platform.records import KIND_NUMBERS, CacheKind, DecodePolicy, PolicyKind
 from fewstep.platform.registry import nearest
 
 MAX_CHOICES = 128
@@ -47,9 +47,16 @@ class StreamOptions(_Part):
 class FewstepOptions(_Part):
     """The decode policy of one request, over the server's default; DecodePolicy documents the fields."""
 
-    kind: Literal["threshold", "static"] | None = None
+    kind: PolicyKind | None = None
     threshold: float | None = Field(default=None, gt=0.0, le=1.0)
     tokens_per_step: int | None = Field(default=None, ge=1)
+    entropy_bound: float | None = Field(default=None, ge=0.0)
+    factor: float | None = Field(default=None, gt=0.0)
+    block_size: int | None = Field(default=None, ge=1)
+    cache: CacheKind | None = None
+    refresh_every: int | None = Field(default=None, ge=1)
+    edit_threshold: float | None = Field(default=None, gt=0.0, le=1.0)
+    max_edit_steps: int | None = Field(default=None, ge=0)
     max_steps_per_block: int | None = Field(default=None, ge=1)
 
 
@@ -194,23 +201,32 @@ def policy_for(body: _Body, default: DecodePolicy, seed: int) -> DecodePolicy:
     """The request's decode policy: the server's default, with what the request asks for on top.
 
     Raises:
-        RequestError: a number that belongs to the other kind of policy, and so would do nothing.
+        RequestError: a field that would do nothing beside the others.
     """
     asked = body.fewstep.model_dump(exclude_none=True)
+    base = default.model_dump()
     kind = asked.get("kind", default.kind)
-    for name, owner in (("threshold", "threshold"), ("tokens_per_step", "static")):
-        if name in asked and kind != owner:
-            raise RequestError(
-                f"fewstep.{name}",
-                f"{asked[name]} with kind={kind}",
-                f"kind={owner}",
-                f"set fewstep.kind to {owner} or leave fewstep.{name} out",
-            )
+    edits = asked.get("edit_threshold", default.edit_threshold) is not None
+    approximate = asked.get("cache", default.cache) in ("prefix", "dual")
+    # field -> (whether it acts, what makes it act)
+    needs = {name: (owner == kind, f"kind={owner}") for owner, name in KIND_NUMBERS.items()}
+    needs["max_edit_steps"] = (edits, "edit_threshold set")
+    needs["refresh_every"] = (approximate, "cache=prefix or cache=dual")
+    for name, (acts, need) in needs.items():
+        if not acts:
+            base.pop(name)
+            if name in asked:
+                raise RequestError(
+                    f"fewstep.{name}",
+                    f"{asked[name]} without fewstep.{need}",
+                    need,
+                    f"set fewstep.{need} or leave fewstep.{name} out",
+                )
     for name in ("temperature", "top_p"):
         value = getattr(body, name)
         if value is not None:
             asked[name] = value
-    return DecodePolicy.model_validate({**default.model_dump(), **asked, "seed": seed})
+    return DecodePolicy.model_validate({**base, **asked, "seed": seed})
 
 
 def _check_idle(cls: type[_Body], name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fewstep.platform.errors import CheckpointError
 
 Precision = Literal["fp32", "bf16"]
+AttentionKind = Literal["block_causal", "bidirectional"]
 
 
 class ModelConfig(BaseModel):
@@ -36,7 +37,15 @@ class ModelConfig(BaseModel):
     rope_theta: float = 10_000.0
     tie_word_embeddings: Literal[True] = True
     torch_dtype: Literal["float32"] = "float32"
-    block_size: int = Field(ge=1, description="positions denoised together; blocks are aligned at position 0")
+    attention_kind: AttentionKind = Field(
+        default="block_causal",
+        description="block_causal: a row sees earlier blocks and its own; bidirectional: every row sees every row",
+    )
+    block_size: int = Field(
+        ge=1,
+        description="positions denoised together. block_causal: aligned at position 0, fixed by training; "
+        "bidirectional: counted from the end of the prompt, a default that a policy may change",
+    )
     mask_token_id: int = Field(ge=0)
     eos_token_id: int = Field(ge=0)
     pad_token_id: int = Field(ge=0)

@@ -11,6 +11,7 @@ from fewstep.kernels.attention import attend, visibility
 from fewstep.kernels.loss import target_logprobs
 from fewstep.kernels.model.config import Precision
 from fewstep.kernels.model.transformer import Attention, Transformer
+from fewstep.kernels.rope import apply_rope
 from fewstep.kernels.rows import NO_TARGET, RowBatch
 
 
@@ -88,7 +89,10 @@ def _float32_attention(visible: torch.Tensor) -> Attention:
     """Masked attention in float32 whatever the autocast: the CPU's bf16 flash kernel with a mask took 60 ms where
     float32 took 20 ms (32 sequences of 190 rows, 4 heads of 32, one core)."""
 
-    def attention(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(
+        _layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), visible)
 

@@ -18,8 +18,11 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.norm import rms_norm
 from fewstep.kernels.rope import apply_rope, rope_table
 
-# (layer index, q [N,R,H,D], k [N,R,K,D], v [N,R,K,D]) -> [N,R,H,D]
-Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (layer index, q [N,R,H,D], k [N,R,K,D], v [N,R,K,D], cos, sin [N,R,1,D/2]) -> [N,R,H,D]. Queries and keys come
+# before their rotation, so that rotating keys and storing them can be one pass.
+Attention = Callable[
+    [int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +58,7 @@ class SelfAttention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        out = attention(layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        out = attention(layer, q, k, v, cos, sin)
         return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -134,7 +137,9 @@ class Transformer(nn.Module):
 def masked_attention(visible: torch.Tensor) -> Attention:
     """Attention over the rows of the forward itself, `visible` bool [N, R, R]; no cache (training)."""
 
-    def attention(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attend(q, k, v, visible)
+    def attention(
+        _layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        return attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, visible)
 
     return attention

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewstep.platform.errors import UserError
-from fewstep.platform.records import DecodePolicy, Rollout, Trajectory, Verdict
+from fewstep.platform.records import KIND_NUMBERS, DecodePolicy, Rollout, Trajectory, Verdict
 from fewstep.platform.trajectories import SCHEMA, read_metadata, read_rollouts, write_rollouts
 
 text = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -24,13 +24,21 @@ unit = st.floats(0.0, 1.0, width=32)
 
 @st.composite
 def rollouts(draw: st.DrawFn) -> Rollout:
-    num_tokens = draw(st.integers(0, 6))
+    num_tokens, num_edits = draw(st.integers(0, 6)), draw(st.integers(0, 3))
     floats = st.lists(st.floats(width=32), min_size=num_tokens, max_size=num_tokens)
     seeds = st.integers(0, 2**63 - 1)
+    kind = draw(st.sampled_from(list(KIND_NUMBERS)))
+    number = draw(st.integers(1, 64) if kind == "static" else st.floats(0.01, 1.0))
+    cache = draw(st.sampled_from(["exact", "none", "prefix", "dual"]))
+    edit_threshold = draw(st.none() | st.floats(0.01, 1.0))
     policy = DecodePolicy(
-        kind=draw(st.sampled_from(["threshold", "static"])),
-        threshold=draw(st.floats(0.01, 1.0)),
-        tokens_per_step=draw(st.integers(1, 64)),
+        kind=kind,
+        **{KIND_NUMBERS[kind]: number},
+        block_size=draw(st.none() | st.integers(1, 64)),
+        cache=cache,
+        refresh_every=draw(st.none() | st.integers(1, 9)) if cache in ("prefix", "dual") else None,
+        edit_threshold=edit_threshold,
+        max_edit_steps=draw(st.integers(0, 9)) if edit_threshold else 16,
         max_steps_per_block=draw(st.none() | st.integers(1, 64)),
         temperature=draw(st.floats(0.0, 2.0)),
         top_p=draw(st.floats(0.01, 1.0)),
@@ -51,6 +59,12 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         seed=draw(seeds),
         weight_version_first=draw(text),
         weight_version_last=draw(text),
+        edit_position=np.arange(num_edits, dtype=np.int32),
+        edit_step=np.arange(num_edits, dtype=np.int16),
+        edit_token=np.full(num_edits, 7, np.int32),
+        edit_logprob=np.full(num_edits, np.float32(-0.5)),
+        cache_drift=draw(unit),
+        suffix_ids=np.array(draw(st.lists(st.integers(0, 2**31 - 1), max_size=3)), np.int32),
     )
     verdict = Verdict(
         outcome=draw(st.sampled_from(["passed", "timeout", "sandbox_error"])),

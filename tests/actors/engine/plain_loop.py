@@ -154,10 +154,12 @@ def engine_of(max_sequences: int = 8, seed: int = 0) -> Engine:
 def draw_request(rng: random.Random, name: str, stop: tuple[str, ...] = ()) -> Request:
     """A request of any policy; lengths and block boundaries fall everywhere."""
     size = rng.randint(1, 40)
+    kind = rng.choice(["threshold", "static"])
+    threshold, tokens_per_step = rng.choice([0.3, 0.6, 0.9]), rng.choice([1, 2, 5])
     policy = DecodePolicy(
-        kind=rng.choice(["threshold", "static"]),
-        threshold=rng.choice([0.3, 0.6, 0.9]),
-        tokens_per_step=rng.choice([1, 2, 5]),
+        kind=kind,
+        threshold=threshold if kind == "threshold" else 0.9,
+        tokens_per_step=tokens_per_step if kind == "static" else 1,
         max_steps_per_block=rng.choice([None, None, 1, 3]),
         temperature=rng.choice([0.0, 0.7, 1.3]),
         top_p=rng.choice([1.0, 0.8]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -35,6 +35,7 @@ def feed_all(text: str, stop: tuple[str, ...], sizes: list[int]) -> tuple[list[s
             return pieces, piece.num_tokens, piece.stopped
 
 
+@example(text="aéa", stop=["é", "aéa"], sizes=[1])
 @given(
     text=st.text(alphabet="abé€\n", max_size=30),
     stop=st.lists(st.text(alphabet="abé\n", min_size=1, max_size=3), max_size=3),

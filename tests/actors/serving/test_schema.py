@@ -67,7 +67,7 @@ def test_values_that_ask_for_nothing_pass(
         ({"temperatur": 0.5}, "temperatur", "did you mean temperature?"),
         ({"fewstep": {"treshold": 0.5}}, "fewstep.treshold", "remove it"),
         ({"fewstep": {"threshold": 0.0}}, "fewstep.threshold", "greater than 0"),
-        ({"fewstep": {"kind": "entropy"}}, "fewstep.kind", "'threshold' or 'static'"),
+        ({"fewstep": {"kind": "entropy"}}, "fewstep.kind", "'threshold', 'static', 'entropy_bound' or 'factor'"),
         ({"fewstep": 3}, "fewstep", "got 3"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 129}, "n", "less than or equal to 128"),
@@ -163,7 +163,7 @@ def test_policy_is_the_default_with_what_was_asked_on_top() -> None:
     default = DecodePolicy(threshold=0.7, max_steps_per_block=4, temperature=0.5, seed=1)
     body = completion(top_p=0.9, fewstep={"kind": "static", "tokens_per_step": 3})
     assert policy_for(body, default, 9) == DecodePolicy(
-        kind="static", tokens_per_step=3, threshold=0.7, max_steps_per_block=4, temperature=0.5, top_p=0.9, seed=9
+        kind="static", tokens_per_step=3, max_steps_per_block=4, temperature=0.5, top_p=0.9, seed=9
     )  # fmt: skip
     assert policy_for(completion(temperature=0), default, 9).temperature == 0
 
