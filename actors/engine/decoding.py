@@ -11,7 +11,15 @@ import torch
 
 from fewstep.actors.engine.cache import PackedAttention, SlotCache
 from fewstep.actors.engine.request import Request, context_length
-from fewstep.kernels.confidence import RowStats, commit, fill_after_eos, first_true, keyed_uniform
+from fewstep.kernels.confidence import (
+    POLICY_KINDS,
+    Candidates,
+    CanvasBlock,
+    PolicyTensors,
+    RowStats,
+    commit,
+    keyed_uniform,
+)
 from fewstep.kernels.head import head_statistics
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer
@@ -76,6 +84,7 @@ class Canvases:
         self._whole = whole
         self._real = torch.zeros((3, num_slots), device=device)
         self.threshold, self.temperature, self.top_p = self._real
+        self.ends = torch.tensor([[config.eos_token_id]], device=device)
 
     def admit(self, slot: int, request: Request) -> None:
         """Put a request's prompt on a slot's canvas."""
@@ -146,21 +155,33 @@ class Canvases:
         failed = ~logprob.isfinite().all(-1)
         last_chance = self.block_step[slots] + 1 >= self.max_block_steps[slots]
         at_least = torch.where(last_chance, masked.shape[1], self.at_least[slots])
-        opened = commit(confidence, masked, self.threshold[slots], at_least)
-
         where = (slots[:, None], layout.live_positions)
-        tokens = torch.where(opened, chosen, self.tokens[where])
-        generated = layout.live_positions >= self.prompt[slots, None]
-        first_eos = first_true(generated & (tokens == self.config.eos_token_id), _NEVER)
-        filled = fill_after_eos(masked & ~opened, first_eos)
-        tokens = torch.where(filled, self.config.eos_token_id, tokens)
-        written = opened | filled
+        size = len(slots)
+        done = commit(
+            CanvasBlock(
+                tokens=self.tokens[where],
+                masked=masked,
+                generated=layout.live_positions >= self.prompt[slots, None],
+                ends=self.ends.expand(size, 1),
+                eos_token_id=self.config.eos_token_id,
+            ),
+            Candidates(chosen, confidence),
+            PolicyTensors(
+                # A static policy is a threshold that nothing reaches.
+                kind=torch.full((size,), POLICY_KINDS["threshold"], dtype=torch.int8, device=hidden.device),
+                number=self.threshold[slots],
+                at_least=at_least,
+                edit_threshold=torch.full((size,), torch.inf, device=hidden.device),
+                allow_edit=torch.zeros(size, dtype=torch.bool, device=hidden.device),
+            ),
+        )
+        written, opened = done.opened | done.filled, done.opened
         step = self.step[slots, None].to(torch.int16)
-        self.tokens[where] = tokens
+        self.tokens[where] = done.tokens
         self.step_map[where] = torch.where(written, step, self.step_map[where])
         self.confidence[where] = torch.where(opened, confidence, self.confidence[where])
         self.logprob[where] = torch.where(opened, logprob, self.logprob[where])
-        return self._advance(slots, failed, first_true(masked & ~written, masked.shape[1]), first_eos)
+        return self._advance(slots, failed, done.first_mask, done.first_end)
 
     def _statistics(
         self, layout: Layout, hidden: torch.Tensor, model: Transformer, sampling: bool

@@ -1,5 +1,13 @@
 """Statistics of masked rows, and the rule that decides which of them are written."""
 
+from fewstep.kernels.confidence.records import (
+    NEVER,
+    POLICY_KINDS,
+    Candidates,
+    CanvasBlock,
+    Committed,
+    PolicyTensors,
+)
 from fewstep.kernels.confidence.reference import (
     RowStats,
     commit,
@@ -9,4 +17,17 @@ from fewstep.kernels.confidence.reference import (
     row_stats,
 )
 
-__all__ = ["RowStats", "commit", "fill_after_eos", "first_true", "keyed_uniform", "row_stats"]
+__all__ = [
+    "NEVER",
+    "POLICY_KINDS",
+    "Candidates",
+    "CanvasBlock",
+    "Committed",
+    "PolicyTensors",
+    "RowStats",
+    "commit",
+    "fill_after_eos",
+    "first_true",
+    "keyed_uniform",
+    "row_stats",
+]

@@ -1,4 +1,4 @@
-"""Row statistics, keyed draws and the commit rule, each against its definition."""
+"""Row statistics and keyed draws, each against its definition."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from fewstep.kernels.confidence import commit, fill_after_eos, first_true, keyed_uniform, row_stats
+from fewstep.kernels.confidence import keyed_uniform, row_stats
 from fewstep.platform.rng import derive_seed
 
 INTEGERS = st.integers(0, 2**63 - 1)
@@ -105,35 +104,3 @@ def test_unusable_logits_show_in_their_row_only(bad: float, temperature: float) 
     stats = row_stats(logits, torch.full((3,), temperature), torch.ones(3), torch.full((3,), 0.5).double())
     assert stats.logprob.isfinite().tolist() == [True, False, True]
     assert ((stats.token >= 0) & (stats.token < 10)).all()
-
-
-def rows_of(width: int) -> st.SearchStrategy[np.ndarray]:
-    # Few distinct values, so that ties and exact thresholds are common.
-    return hnp.arrays(np.float32, (3, width), elements=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
-
-
-@given(data=st.data(), width=st.integers(1, 7))
-def test_commit_opens_what_the_rule_says(data: st.DataObject, width: int) -> None:
-    confidence = data.draw(rows_of(width))
-    masked = data.draw(hnp.arrays(np.bool_, (3, width)))
-    threshold = data.draw(st.sampled_from([0.25, 0.5, 0.6, 1.0, np.inf]))
-    at_least = data.draw(st.integers(1, width + 1))
-    opened = commit(
-        torch.from_numpy(confidence),
-        torch.from_numpy(masked),
-        torch.full((3,), threshold),
-        torch.full((3,), at_least),
-    ).numpy()
-    for row in range(3):
-        candidates = np.flatnonzero(masked[row])
-        best = sorted(candidates, key=lambda i: (-confidence[row, i], i))[:at_least]
-        expected = set(best) | {i for i in candidates if confidence[row, i] >= threshold}
-        assert set(np.flatnonzero(opened[row])) == expected
-
-
-def test_fill_starts_behind_the_first_end_of_sequence() -> None:
-    masked = torch.tensor([[True, False, True, True], [True, True, False, True]])
-    eos = torch.tensor([[False, True, False, False], [False, False, False, False]])
-    first = first_true(eos, 99)
-    assert first.tolist() == [1, 99]
-    assert fill_after_eos(masked, first).tolist() == [[False, False, True, True], [False] * 4]
