@@ -69,11 +69,12 @@ types: $(STAMP)  ## mypy --strict
 bench: $(STAMP)  ## measure the engine and the sandbox; results in bench/results
 	$(BIN)/python bench/run.py
 
-# The markers let one lock serve Linux, where `+cpu` keeps the CUDA build out, and systems with a single build.
+# The markers let one lock serve Linux, where `+cpu` keeps the CUDA build out and triton has wheels, and other systems.
 lock: $(STAMP)  ## resolve pyproject.toml again into the lock file
 	$(UV) pip compile pyproject.toml --extra test --extra dev --python-version 3.11 --quiet \
 		--no-header --no-emit-index-url $(TORCH) --output-file $(LOCK) > /dev/null
-	sed -i -E 's/^torch==([0-9.]+)(\+cpu)?$$/torch==\1+cpu ; sys_platform == "linux"\ntorch==\1 ; sys_platform != "linux"/' $(LOCK)
+	sed -i -E -e 's/^torch==([0-9.]+)(\+cpu)?$$/torch==\1+cpu ; sys_platform == "linux"\ntorch==\1 ; sys_platform != "linux"/' \
+		-e 's/^triton==[0-9.]+$$/& ; sys_platform == "linux"/' $(LOCK)
 
 clean:  ## remove everything that can be made again, runs excepted
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+
+import torch
 
 # A suite started in the background of a script inherits "ignore" for Ctrl-C, and so would every command it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Without a GPU fused kernels run in Triton's interpreter. `triton.jit` asks once, when a module with kernels (Triton's
+# own library included) is imported, so this comes before any of them. What needs the compiler runs in a child process
+# without the variable (tests/kernels/test_ahead_of_time.py).
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

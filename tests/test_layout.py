@@ -135,4 +135,5 @@ def test_every_dependency_is_pinned() -> None:
     assert names - pinned == set()
     unpinned = [line for line in lock.splitlines() if line and line[0] not in " #" and "==" not in line]
     assert unpinned == []
-    assert not re.search(r"^(nvidia|cuda|triton)", lock, re.MULTILINE), "the CPU lock carries GPU packages"
+    # triton alone is wanted: its interpreter and its ahead-of-time compiler need no GPU.
+    assert not re.search(r"^(nvidia|cuda)", lock, re.MULTILINE), "the CPU lock carries GPU packages"

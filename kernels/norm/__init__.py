@@ -1,5 +1,5 @@
 """Root-mean-square normalisation."""
 
-from fewstep.kernels.norm.reference import rms_norm
+from fewstep.kernels.norm.dispatch import rms_norm
 
 __all__ = ["rms_norm"]
