@@ -1,84 +1,122 @@
-"""Keys and values of clean blocks, one slot a sequence, and the attention of a packed forward over them.
+"""Keys and values in pages, and the attention of a packed forward over them.
 
-Shape legend: n sequences of one group, r rows each (whole blocks), c cached positions (padded to the group's
-longest), K key/value heads, D head dimension.
+Shape legend: R packed rows, n sequences of one group, r rows each, P pages, s page size in positions, K key/value heads,
+D head dimension.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import psutil
 import torch
 
 from fewstep.actors.engine.request import context_length
-from fewstep.kernels.attention import attend
+from fewstep.kernels.attention import block_attention
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.kernels.rope import apply_rope
+from fewstep.kernels.rope import apply_rope, rope_and_write
+
+# A bidirectional model's pages belong to one sequence each, so their size is free.
+_BIDIRECTIONAL_PAGE_SIZE = 16
+
+
+def page_size(config: ModelConfig) -> int:
+    """Positions of a page: a block, so that a page is final as a whole; any number for a bidirectional model."""
+    return config.block_size if config.attention_kind == "block_causal" else _BIDIRECTIONAL_PAGE_SIZE
+
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers, keys and values."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * page_size(config) * dtype.itemsize
+
+
+def num_pages_for(
+    config: ModelConfig, dtype: torch.dtype, max_sequences: int, memory_bytes: int | None
+) -> int:
+    """Pages that fit the budget; never more than all sequences at full context can use.
+
+    Args:
+        memory_bytes: None = what all sequences can use, but no more than half of the memory that is free now.
+    """
+    size = page_bytes(config, dtype)
+    usable = max_sequences * (-(-context_length(config) // page_size(config)))
+    budget = memory_bytes if memory_bytes is not None else psutil.virtual_memory().available // 2
+    return min(usable, budget // size)
+
+
+class PageStore:
+    """[layers, P, s, K, D], for keys and for values."""
+
+    def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.page_size = page_size(config)
+        shape = (
+            config.num_hidden_layers,
+            num_pages,
+            self.page_size,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
+
+    def wipe(self, pages: list[int]) -> None:
+        """Zero pages: a NaN left behind would reach its next user even under a mask, as 0 · NaN."""
+        self.keys[:, pages] = 0
+        self.values[:, pages] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take memory when they are first written: torch.zeros touches every page at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)
+    return torch.from_numpy(raw).view(dtype)
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Sequences that contribute the same number of blocks, packed one after another.
+    """Sequences that contribute the same number of rows, packed one after another.
 
     Attributes:
-        first_row: where the group starts in the packed rows.
-        slots: int64 [n]; num_rows: r; num_cached: c.
-        visible: bool [n, r, c + r].
-        room: float32 [2, n, c + r, K, D], where a layer's keys and values are laid side by side. One for all
-            layers: fresh memory for each took twice as long (0.57 ms against 0.32 ms, 64 x 128 rows of 128).
-        clean_positions: int64 [n, r - B], absolute positions of the rows whose keys and values are final.
+        first_row: where the group starts in the packed rows; num_rows: r; own_block: rows i and j of a sequence see
+            each other iff j // own_block <= i // own_block.
+        page_table: int32 [n, pages]; prefix, suffix_start, suffix_end, own_len: int32 [n]; see `block_attention`.
     """
 
     first_row: int
-    slots: torch.Tensor
     num_rows: int
-    num_cached: int
-    visible: torch.Tensor
-    room: torch.Tensor
-    clean_positions: torch.Tensor
-
-
-class SlotCache:
-    """float32 [layers, slots, context, K, D], for keys and for values; zeroed, so untouched pages cost nothing."""
-
-    def __init__(self, config: ModelConfig, num_slots: int, device: torch.device) -> None:
-        shape = (
-            config.num_hidden_layers,
-            num_slots,
-            context_length(config),
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.block_size = config.block_size
-        self.keys = torch.zeros(shape, device=device)
-        self.values = torch.zeros(shape, device=device)
-
-    def wipe(self, slot: int) -> None:
-        """Zero a slot: a NaN left behind would reach its next user even under a mask, as 0 · NaN."""
-        self.keys[:, slot] = 0
-        self.values[:, slot] = 0
-
-    def group(self, first_row: int, slots: torch.Tensor, num_blocks: int, cached: torch.Tensor) -> RowGroup:
-        """The group of sequences at `slots` that follow `cached` int64 [n] positions with `num_blocks` blocks."""
-        rows, device = num_blocks * self.block_size, slots.device
-        longest = int(cached.max())
-        block = torch.arange(rows, device=device) // self.block_size
-        past = torch.arange(longest, device=device) < cached[:, None]
-        own = block[:, None] >= block
-        visible = torch.cat(
-            (past[:, None].expand(-1, rows, -1), own.expand(len(slots), -1, -1)),
-            dim=-1,
-        )
-        clean = cached[:, None] + torch.arange(rows - self.block_size, device=device)
-        room = torch.empty((2, len(slots), longest + rows, *self.keys.shape[3:]), device=device)
-        return RowGroup(first_row, slots, rows, longest, visible, room, clean)
+    own_block: int
+    page_table: torch.Tensor
+    prefix: torch.Tensor
+    suffix_start: torch.Tensor
+    suffix_end: torch.Tensor
+    own_len: torch.Tensor
 
 
 class PackedAttention:
-    """The attention callback of one forward: a group at a time over its cache and its own rows."""
+    """The attention callback of one forward: keys that became final go into their pages, then a group at a time.
 
-    def __init__(self, cache: SlotCache, groups: list[RowGroup]) -> None:
-        self.cache, self.groups = cache, groups
+    Writing first is what lets two sequences with the same prompt share it within one forward: the second reads what the
+    first has just written.
+
+    Args:
+        destination: int64 [R], flat position in the pages (page · s + offset), -1 for rows that are not kept.
+        stale: rows [m] of sequences whose approximate cache this forward refreshes, and the index [m] of the
+            sequence each belongs to; None where there are none.
+    Attributes:
+        drift: float32 [number of sequences with stale rows], ‖K - K'‖ / ‖K‖ summed over layers.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        groups: list[RowGroup],
+        destination: torch.Tensor,
+        stale: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self.store, self.groups, self.destination, self.stale = store, groups, destination, stale
+        self.drift = torch.zeros(int(stale[1].max()) + 1) if stale is not None else torch.zeros(0)
 
     def __call__(
         self,
@@ -89,29 +127,38 @@ class PackedAttention:
         cos: torch.Tensor,
         sin: torch.Tensor,
     ) -> torch.Tensor:
-        """q [1, R, H, D], k and v [1, R, K, D] to [1, R, H, D]; final rows go into the cache, live ones never."""
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        """q [1, R, H, D], k and v [1, R, K, D] to [1, R, H, D]; final rows go into the pages, live ones never."""
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        old = keys.flatten(0, 1)[self.destination[self.stale[0]]] if self.stale is not None else None
+        q = apply_rope(q, cos, sin)
+        k = rope_and_write(k[0], v[0], cos[0, :, 0], sin[0, :, 0], self.destination, keys, values)
+        if old is not None:
+            self._add_drift(old, k)
         out = torch.empty_like(q)
         for group in self.groups:
-            size = len(group.slots)
-            rows = slice(group.first_row, group.first_row + size * group.num_rows)
-            own_q = q[0, rows].reshape(size, group.num_rows, *q.shape[2:])
-            all_k = self._beside_past(self.cache.keys[layer], group, k[0, rows], group.room[0])
-            all_v = self._beside_past(self.cache.values[layer], group, v[0, rows], group.room[1])
-            out[0, rows] = attend(own_q, all_k, all_v, group.visible).flatten(0, 1)
+            shape = (len(group.prefix), group.num_rows)
+            rows = slice(group.first_row, group.first_row + shape[0] * shape[1])
+            out[0, rows] = block_attention(
+                q[0, rows].view(*shape, *q.shape[2:]),
+                k[rows].view(*shape, *k.shape[1:]),
+                v[0, rows].view(*shape, *k.shape[1:]),
+                keys,
+                values,
+                group.page_table,
+                group.prefix,
+                group.suffix_start,
+                group.suffix_end,
+                group.own_len,
+                group.own_block,
+            ).flatten(0, 1)
         return out
 
-    @staticmethod
-    def _beside_past(
-        store: torch.Tensor, group: RowGroup, own: torch.Tensor, room: torch.Tensor
-    ) -> torch.Tensor:
-        """Fill `room` with the slots' cached positions and their rows of this forward; store the final ones."""
-        own = own.reshape(len(group.slots), group.num_rows, *own.shape[1:])
-        past = group.num_cached
-        if past:
-            torch.index_select(store[:, :past], 0, group.slots, out=room[:, :past])
-        room[:, past:] = own
-        num_clean = group.clean_positions.shape[1]
-        if num_clean:
-            store[group.slots[:, None], group.clean_positions] = own[:, :num_clean]
-        return room
+    def _add_drift(self, old: torch.Tensor, k: torch.Tensor) -> None:
+        assert self.stale is not None
+        rows, owner = self.stale
+        new = k[rows].float()
+        changed = torch.zeros_like(self.drift).index_add_(
+            0, owner, (new - old.float()).square().flatten(1).sum(1)
+        )
+        whole = torch.zeros_like(self.drift).index_add_(0, owner, new.square().flatten(1).sum(1))
+        self.drift += (changed / whole.clamp(min=1e-30)).sqrt()

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 
-from fewstep.actors.engine.decoding import Canvases, Outcome
-from fewstep.actors.engine.request import Request, Update
+from fewstep.actors.engine.cache import PageStore, num_pages_for, page_bytes, page_size
+from fewstep.actors.engine.canvas import Canvases
+from fewstep.actors.engine.pages import PagePool
+from fewstep.actors.engine.progress import Outcome, advance
+from fewstep.actors.engine.record import record
+from fewstep.actors.engine.request import Request, Update, check_pages
+from fewstep.actors.engine.scheduler import Scheduler
+from fewstep.actors.engine.scheduler import Sequence as Running
 from fewstep.actors.engine.text import TextStream, decode, find_stop
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.errors import CheckpointError, RequestError
 from fewstep.platform.records import FinishReason, Trajectory, WeightVersion
-
-
-@dataclass
-class _Sequence:
-    """A running request: its slot and what Python has to remember between steps.
-
-    `stream` is None where nobody reads along and no stop string asks for it: no text is made then.
-    """
-
-    request: Request
-    slot: int
-    first_version: WeightVersion
-    stream: TextStream | None
-    text_end: int
-    num_tokens: int = 0
-    forwards: int = 0
 
 
 class Engine:
@@ -38,12 +26,18 @@ class Engine:
 
     Floating point limits that promise: a matrix product may round differently when it has more rows, so a
     confidence within about 1e-6 of a threshold, or two tokens that close, can fall the other way in another
-    batch. Nothing else couples requests.
+    batch. Nothing else couples requests. An approximate cache of a bidirectional model is refreshed when weights change.
 
     Args:
         model: owned by the engine from here on; `load_weights` writes into it.
         max_sequences: requests that share a forward; further ones wait, first come first served.
         weight_version: which weights `model` holds now.
+        memory_bytes: budget for cached keys and values; when it is used up the youngest requests give theirs up and
+            recompute them later. None = what all sequences can use, at most half of the machine's free memory.
+        prefix_cache: whether finished blocks are shared by requests that begin with the same tokens.
+        merged_commit: whether a finished block's keys and values are written by the first forward of the next block, or
+            by a forward of their own (same tokens, more forwards).
+        max_rows: rows of a prompt that a request computes in one forward; None = all.
 
     Attributes:
         forwards, rows: forwards run and rows they had; committed_tokens: tokens of ended requests that count.
@@ -56,30 +50,66 @@ class Engine:
         *,
         max_sequences: int = 64,
         weight_version: WeightVersion,
+        memory_bytes: int | None = None,
+        prefix_cache: bool = True,
+        merged_commit: bool = True,
+        max_rows: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         self.weight_version = weight_version
         self.forwards = self.committed_tokens = self.rows = 0
-        self._canvases = Canvases(model.config, max_sequences, model.embed_tokens.weight.device)
-        self._free = list(range(max_sequences - 1, -1, -1))
-        self._waiting: deque[tuple[Request, bool]] = deque()
-        self._running: dict[str, _Sequence] = {}
+        self._drift_sum, self._drift_count = 0.0, 0
+        weight = model.head_weight
+        num_pages = num_pages_for(self.config, weight.dtype, max_sequences, memory_bytes)
+        self._page_bytes = page_bytes(self.config, weight.dtype)
+        self._store = PageStore(self.config, num_pages, weight.dtype, weight.device)
+        self._pool = PagePool(num_pages, prefix_cache and self.config.attention_kind == "block_causal")
+        self._canvases = Canvases(self.config, max_sequences, self._store, weight.device)
+        self._scheduler = Scheduler(
+            self.config, self._pool, page_size(self.config), max_sequences, merged_commit, max_rows
+        )
+        self._unread: set[str] = set()
         self._ids: set[str] = set()
 
     @property
     def num_running(self) -> int:
         """Requests that hold a slot."""
-        return len(self._running)
+        return len(self._scheduler.running)
 
     @property
     def num_waiting(self) -> int:
         """Requests without a slot yet."""
-        return len(self._waiting)
+        return len(self._scheduler.waiting)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would run a forward."""
-        return bool(self._running or self._waiting)
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def stats(self) -> dict[str, float]:
+        """Counts of the moment and since the start.
+
+        pages_*: of the pool, `cached` ones hold a block for reuse and are given out when free ones run out;
+        page_bytes: bytes of one over all layers; prefix_hits, prefix_misses: blocks found and not found;
+        cache_drift: mean over refreshes of an approximate cache (see `Trajectory`).
+        """
+        pool, scheduler = self._pool, self._scheduler
+        return {
+            "num_running": self.num_running,
+            "num_waiting": self.num_waiting,
+            "slots_free": len(scheduler.free_slots),
+            "forwards": self.forwards,
+            "rows": self.rows,
+            "committed_tokens": self.committed_tokens,
+            "pages_total": pool.num_pages,
+            "pages_free": pool.num_free,
+            "pages_cached": pool.num_kept,
+            "page_bytes": self._page_bytes,
+            "prefix_hits": pool.hits,
+            "prefix_misses": pool.misses,
+            "preemptions": scheduler.preemptions,
+            "cache_drift": self._drift_sum / max(1, self._drift_count),
+        }
 
     def add(self, request: Request) -> None:
         """Take a request; it joins at the next step that has a free slot.
@@ -87,29 +117,30 @@ class Engine:
         Raises:
             RequestError: names the field this model cannot serve, or an id that is in use.
         """
-        self._add(request, streamed=True)
-
-    def _add(self, request: Request, streamed: bool) -> None:
         request.validate(self.config)
+        check_pages(request, self.config, self._pool.num_pages, page_size(self.config), self._page_bytes)
         if request.request_id in self._ids:
             raise RequestError("request_id", request.request_id, "an id not in use", "choose another id")
         self._ids.add(request.request_id)
-        self._waiting.append((request, streamed))
+        self._scheduler.waiting.append(request)
 
     def abort(self, request_id: str) -> Trajectory | None:
-        """Drop a request and free its slot at once; an unknown id is one that has already ended.
+        """Drop a request and free its slot and pages at once; an unknown id is one that has already ended.
 
         Returns:
             What it had got, with finish reason `abort`; None if it had not started.
         """
         self._ids.discard(request_id)
-        self._waiting = deque(entry for entry in self._waiting if entry[0].request_id != request_id)
-        sequence = self._running.get(request_id)
+        self._unread.discard(request_id)
+        waiting = self._scheduler.waiting
+        for request in [request for request in waiting if request.request_id == request_id]:
+            waiting.remove(request)
+        sequence = self._scheduler.running.get(request_id)
         if sequence is None:
             return None
         num_tokens = sequence.text_end - len(sequence.request.prompt_ids)
-        trajectory = self._trajectory(sequence, self._live_end(sequence), num_tokens, "abort")
-        self._release(sequence)
+        trajectory = self._trajectory(sequence, sequence.live_end, num_tokens, "abort")
+        self._scheduler.leave(sequence)
         return trajectory
 
     def load_weights(self, state: Mapping[str, torch.Tensor], version: WeightVersion) -> None:
@@ -132,28 +163,38 @@ class Engine:
                 "push the same model",
             )
         self.model.load_state_dict(dict(state))
-        self._canvases.forget_cache()
         self.weight_version = version
+        for sequence in self._scheduler.running.values():
+            sequence.root = str(version)
+            self._scheduler.drop_cache(sequence)
+        self.clear_prefix_cache()
+
+    def clear_prefix_cache(self) -> None:
+        """Forget the blocks kept for reuse."""
+        self._pool.forget()
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """One forward for every running request; updates of those for which something became final."""
+        """One forward for every running request that has pages for it; updates of those that got something final."""
         self._admit()
-        if not self._running:
+        spans = self._scheduler.plan()
+        if not spans:
             return []
-        running = list(self._running.values())
-        layout = self._canvases.layout([sequence.slot for sequence in running])
-        hidden = self.model(layout.tokens, layout.positions, layout.attention)[0]
-        sampling = any(sequence.request.policy.temperature > 0 for sequence in running)
-        outcomes = self._canvases.decide(layout, hidden, self.model, sampling)
+        layout = self._canvases.layout(spans)
+        hidden = self.model(layout.tokens, layout.positions, layout.attention, layout.live.active_rows)[0]
+        live = layout.live
+        reports = self._canvases.decide(live, hidden, self.model) if live.sequences else []
         self.forwards += 1
         self.rows += layout.tokens.shape[1]
+        for span in layout.spans:
+            span.sequence.forwards += 1
+        self._note_drift(layout.attention.drift, [s.sequence for s in layout.spans if s.refreshes])
         updates = []
-        for index, outcome in zip(layout.order, outcomes, strict=True):
-            sequence = running[index]
-            sequence.forwards += 1
+        for sequence, report in zip(live.sequences, reports, strict=True):
+            live_end = sequence.live_end
+            outcome = advance(sequence, report, self._block_size(sequence.request))
             if outcome.finished or outcome.failed or outcome.text_end > sequence.text_end:
-                update = self._settle(sequence, outcome)
+                update = self._settle(sequence, outcome, live_end)
                 if update.last or update.text or update.num_new_tokens:
                     updates.append(update)
         return updates
@@ -169,11 +210,12 @@ class Engine:
             raise RuntimeError("generate needs an engine without other requests")
         try:
             for request in requests:
-                self._add(request, streamed=False)
+                self.add(request)
         except RequestError:
-            self._waiting.clear()
+            self._scheduler.waiting.clear()
             self._ids.clear()
             raise
+        self._unread = {request.request_id for request in requests}
         last: dict[str, Update] = {}
         while self.has_work:
             last.update((update.request_id, update) for update in self.step() if update.last)
@@ -202,17 +244,31 @@ class Engine:
         text = decode(self.tokenizer, ids)
         return text[: find_stop(text, stop)]
 
-    def _admit(self) -> None:
-        while self._free and self._waiting:
-            request, streamed = self._waiting.popleft()
-            slot = self._free.pop()
-            self._canvases.admit(slot, request)
-            stream = TextStream(self.tokenizer, request.stop) if streamed or request.stop else None
-            self._running[request.request_id] = _Sequence(
-                request, slot, self.weight_version, stream, text_end=len(request.prompt_ids)
-            )
+    def _block_size(self, request: Request) -> int:
+        return request.policy.block_size or self.config.block_size
 
-    def _settle(self, sequence: _Sequence, outcome: Outcome) -> Update:
+    def _admit(self) -> None:
+        scheduler = self._scheduler
+        while scheduler.free_slots and scheduler.waiting:
+            request = scheduler.waiting.popleft()
+            slot = scheduler.free_slots.pop()
+            self._canvases.admit(slot, request)
+            unread = request.request_id in self._unread
+            stream = None if unread and not request.stop else TextStream(self.tokenizer, request.stop)
+            size, prompt, root = self._block_size(request), len(request.prompt_ids), str(self.weight_version)
+            end = prompt + request.max_tokens
+            if self.config.attention_kind == "block_causal":
+                live, window, live_end = prompt // size * size, 1 << 30, prompt // size * size + size
+            else:
+                live, window, live_end = prompt, end + len(request.suffix_ids), min(prompt + size, end)
+            scheduler.join(
+                Running(
+                    request, slot, self.weight_version, stream, list(request.prompt_ids[:live]),
+                    live, live_end, end, window, text_end=prompt, root=root, node=root,
+                )
+            )  # fmt: skip
+
+    def _settle(self, sequence: Running, outcome: Outcome, live_end: int) -> Update:
         """Text, token count and end of one sequence after a step that moved it."""
         name, prompt = sequence.request.request_id, len(sequence.request.prompt_ids)
         if outcome.failed:
@@ -231,40 +287,33 @@ class Engine:
         if not (outcome.finished or stopped):
             return Update(name, text, num_new)
         reason: FinishReason = "stop" if stopped or outcome.eos else "length"
-        trajectory = self._trajectory(sequence, outcome.block_end, num_tokens, reason)
-        self._release(sequence)
+        trajectory = self._trajectory(sequence, live_end, num_tokens, reason)
+        self._end(sequence)
         return Update(name, text, num_new, trajectory)
 
-    def _fail(self, sequence: _Sequence, error: str) -> Update:
-        self._canvases.cache.wipe(sequence.slot)
-        self._release(sequence)
+    def _fail(self, sequence: Running, error: str) -> Update:
+        # Sharers of a poisoned page fail in this step, too; the last of them cleans it.
+        pages = sequence.pages
+        self._pool.withdraw(pages)
+        self._end(sequence)
+        self._store.wipe(self._pool.unused(pages))
         return Update(sequence.request.request_id, "", 0, error=error)
 
-    def _release(self, sequence: _Sequence) -> None:
-        self._free.append(sequence.slot)
+    def _end(self, sequence: Running) -> None:
+        self._scheduler.leave(sequence)
         self._ids.discard(sequence.request.request_id)
-        del self._running[sequence.request.request_id]
+        self._unread.discard(sequence.request.request_id)
 
-    def _live_end(self, sequence: _Sequence) -> int:
-        return int(self._canvases.live[sequence.slot]) + self.config.block_size
+    def _note_drift(self, drift: torch.Tensor, refreshed: list[Running]) -> None:
+        for sequence, value in zip(refreshed, drift.tolist(), strict=True):
+            sequence.drifts.append(value / self.config.num_hidden_layers)
+            self._drift_sum += sequence.drifts[-1]
+            self._drift_count += 1
 
-    def _trajectory(self, sequence: _Sequence, end: int, num_tokens: int, reason: FinishReason) -> Trajectory:
-        """The record of a sequence whose canvas reaches to absolute position `end`."""
+    def _trajectory(
+        self, sequence: Running, live_end: int, num_tokens: int, reason: FinishReason
+    ) -> Trajectory:
         self.committed_tokens += num_tokens
-        canvases, request = self._canvases, sequence.request
-        canvas = (sequence.slot, slice(len(request.prompt_ids), end))
-        tokens = canvases.tokens[sequence.slot, :end].to("cpu", torch.int32, copy=True).numpy()
-        return Trajectory(
-            prompt_ids=tokens[: len(request.prompt_ids)],
-            canvas_ids=tokens[len(request.prompt_ids) :],
-            step_map=canvases.step_map[canvas].to("cpu", copy=True).numpy(),
-            confidence=canvases.confidence[canvas].to("cpu", copy=True).numpy(),
-            logprob=canvases.logprob[canvas].to("cpu", copy=True).numpy(),
-            num_tokens=num_tokens,
-            forwards=sequence.forwards,
-            finish_reason=reason,
-            policy=request.policy,
-            seed=request.policy.seed,
-            weight_version_first=str(sequence.first_version),
-            weight_version_last=str(self.weight_version),
-        )
+        whole = sequence.request.suffix_ids or self.config.attention_kind == "bidirectional"
+        end = sequence.end if whole else live_end
+        return record(self._canvases, sequence, end, num_tokens, reason, self.weight_version)

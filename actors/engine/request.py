@@ -8,6 +8,9 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.platform.errors import RequestError
 from fewstep.platform.records import DecodePolicy, Trajectory
 
+MAX_STOP_IDS = 8
+MAX_STEPS = 32_767  # int16, the type of `Trajectory.step_map`
+
 
 @dataclass(frozen=True)
 class Request:
@@ -38,33 +41,100 @@ class Request:
         """Raise a RequestError that names the first field this model cannot serve."""
         if not self.prompt_ids:
             raise RequestError("prompt", "no tokens", "at least one token", "send a non-empty prompt")
-        if config.mask_token_id in self.prompt_ids:
+        _check_ids("prompt", self.prompt_ids, config)
+        _check_ids("suffix", self.suffix_ids, config)
+        _check_ids("stop_ids", self.stop_ids, config)
+        if len(self.stop_ids) > MAX_STOP_IDS:
             raise RequestError(
-                "prompt",
-                f"the mask token (id {config.mask_token_id})",
-                "any other token; masks are what the model writes over",
-                "remove the mask token from the prompt",
+                "stop_ids", f"{len(self.stop_ids)} ids", f"at most {MAX_STOP_IDS}", "send fewer stop ids"
             )
-        for token in (min(self.prompt_ids), max(self.prompt_ids)):
-            if not 0 <= token < config.vocab_size:
-                raise RequestError(
-                    "prompt",
-                    f"token id {token}",
-                    f"0 to {config.vocab_size - 1}",
-                    "use this model's tokenizer",
-                )
         if self.max_tokens < 1:
             raise RequestError("max_tokens", self.max_tokens, "at least 1", "ask for at least one token")
         context = context_length(config)
-        if len(self.prompt_ids) + self.max_tokens > context:
+        asked = len(self.prompt_ids) + self.max_tokens + len(self.suffix_ids)
+        if asked > context:
+            suffix = f" + {len(self.suffix_ids)} suffix tokens" if self.suffix_ids else ""
             raise RequestError(
                 "max_tokens",
-                f"{len(self.prompt_ids)} prompt tokens + {self.max_tokens}",
+                f"{len(self.prompt_ids)} prompt tokens + {self.max_tokens}{suffix}",
                 f"at most {context} together",
                 "shorten the prompt or lower max_tokens",
             )
         if "" in self.stop:
             raise RequestError("stop", "an empty string", "non-empty strings", "remove it")
+        _check_policy(self, config)
+
+
+def _check_ids(field: str, ids: tuple[int, ...], config: ModelConfig) -> None:
+    if config.mask_token_id in ids:
+        raise RequestError(
+            field,
+            f"the mask token (id {config.mask_token_id})",
+            "any other token; masks are what the model writes over",
+            f"remove the mask token from the {field}",
+        )
+    for token in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= token < config.vocab_size:
+            raise RequestError(
+                field, f"token id {token}", f"0 to {config.vocab_size - 1}", "use this model's tokenizer"
+            )
+
+
+def _check_policy(request: Request, config: ModelConfig) -> None:
+    policy, hole_end = request.policy, len(request.prompt_ids) + request.max_tokens
+    size = policy.block_size or config.block_size
+    if config.attention_kind == "block_causal":
+        if size != config.block_size:
+            raise RequestError(
+                "block_size",
+                size,
+                f"{config.block_size}, which the model was trained with",
+                "leave block_size out",
+            )
+        if policy.cache in ("prefix", "dual"):
+            raise RequestError(
+                "cache",
+                policy.cache,
+                "exact or none: a block-causal model's cache is exact already",
+                "leave cache out",
+            )
+        if request.suffix_ids and hole_end % size == 0:
+            raise RequestError(
+                "suffix",
+                f"a suffix that begins with a block (position {hole_end}, blocks of {size})",
+                "one that shares a block with the last mask: a block-causal model never looks at later blocks",
+                "change max_tokens, or use a bidirectional model",
+            )
+    elif size > context_length(config):
+        raise RequestError("block_size", size, f"at most {context_length(config)}", "use smaller blocks")
+    num_steps = -(-request.max_tokens // size + 1) * (size + policy.max_edit_steps)
+    if min(num_steps, request.max_tokens + 2 * size) > MAX_STEPS:
+        raise RequestError(
+            "max_tokens",
+            f"{request.max_tokens}, up to {num_steps} steps",
+            f"at most {MAX_STEPS} steps, as many as a step map can number",
+            "ask for fewer tokens",
+        )
+
+
+def check_pages(
+    request: Request, config: ModelConfig, num_pages: int, page_size: int, page_bytes: int
+) -> None:
+    """Raise a RequestError if a request needs more pages at once than there are."""
+    end = len(request.prompt_ids) + request.max_tokens
+    if config.attention_kind == "block_causal":
+        needed = 0 if request.policy.cache == "none" else (end - 1) // page_size
+    elif request.policy.cache in ("prefix", "dual"):
+        needed = -(-(end + len(request.suffix_ids)) // page_size)
+    else:
+        needed = 0
+    if needed > num_pages:
+        raise RequestError(
+            "max_tokens",
+            f"{end} positions, {needed * page_bytes:,} bytes of keys and values",
+            f"at most {num_pages * page_bytes:,} bytes, the engine's budget",
+            "shorten the request or give the engine more memory",
+        )
 
 
 @dataclass(frozen=True)
@@ -91,5 +161,7 @@ class Update:
 
 
 def context_length(config: ModelConfig) -> int:
-    """Positions a request can use: whole blocks only."""
+    """Positions a request can use; whole blocks only where blocks have their place."""
+    if config.attention_kind == "bidirectional":
+        return config.max_position_embeddings
     return config.max_position_embeddings // config.block_size * config.block_size

@@ -1,4 +1,4 @@
-"""Block-diffusion attention (BD3-LM, 2503.09573): one visibility rule for training and for the engine.
+"""Block-diffusion attention (BD3-LM, 2503.09573): the visibility rule of training, and the engine's over pages.
 
 Every row belongs to a block (position // block_size) and to a *copy* of the sequence: copy 0 is clean, copies
 1, 2, ... are noisy states of it, -1 is padding. A row sees
@@ -50,3 +50,36 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Ten
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def block_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    prefix: torch.Tensor,
+    suffix_start: torch.Tensor,
+    suffix_end: torch.Tensor,
+    own_len: torch.Tensor,
+    own_block: int,
+) -> torch.Tensor:
+    """The definition, a unit at a time, softmax in float32; arguments in `fewstep.kernels.attention.block_attention`."""
+    out = torch.zeros_like(q)
+    page_size, heads_per_kv = key_pages.shape[1], q.shape[2] // k.shape[2]
+    block = torch.arange(q.shape[1], device=q.device) // own_block
+    ranges = torch.stack((prefix, suffix_start, suffix_end, own_len), dim=1).tolist()
+    for n, (end, start, stop, own) in enumerate(ranges):
+        cached = torch.arange(max(end, stop), device=q.device)
+        cached = cached[(cached < end) | ((cached >= start) & (cached < stop))]
+        page, offset = page_table[n, cached // page_size].long(), cached % page_size
+        keys = torch.cat((key_pages[page, offset], k[n, :own])).repeat_interleave(heads_per_kv, dim=1).float()
+        values = (
+            torch.cat((value_pages[page, offset], v[n, :own])).repeat_interleave(heads_per_kv, dim=1).float()
+        )
+        scores = torch.einsum("rhd,shd->hrs", q[n, :own].float(), keys) * q.shape[3] ** -0.5
+        later = block[:own] > block[:own, None]
+        scores[:, :, len(cached) :].masked_fill_(later, -torch.inf)
+        out[n, :own] = torch.einsum("hrs,shd->rhd", scores.softmax(-1), values).to(q.dtype)
+    return out

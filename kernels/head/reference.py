@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fewstep.kernels.confidence import RowStats, row_stats
 
@@ -43,3 +45,38 @@ def head_statistics(
     if len(parts) == 1:
         return parts[0]
     return RowStats(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+class HeadStats(NamedTuple):
+    """RowStats of the rows asked for, with their entropy in nats, float32 [M], if it was asked for."""
+
+    token: torch.Tensor
+    confidence: torch.Tensor
+    logprob: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+def head_confidence(
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    mask_token_id: int,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor | None,
+    entropy: bool = False,
+) -> HeadStats:
+    """Statistics of `rows` of hidden [R, d] under the head weight [V, d]; other arguments as `head_statistics`."""
+
+    def project(some: torch.Tensor) -> torch.Tensor:
+        scores = F.linear(some, weight)
+        scores[..., mask_token_id] = -torch.inf
+        return scores
+
+    stats = head_statistics(hidden, rows, project, weight.shape[0], temperature, top_p, uniform)
+    nats = None
+    if entropy:
+        logprobs = project(hidden[rows]).float().log_softmax(-1)
+        nats = -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0)).sum(-1)
+    return HeadStats(*stats, nats)

@@ -53,12 +53,20 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attention: Attention
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layer: int,
+        attention: Attention,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         out = attention(layer, q, k, v, cos, sin)
+        if rows is not None:
+            out = out[:, rows]
         return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -84,9 +92,16 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attention: Attention
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layer: int,
+        attention: Attention,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attention)
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, layer, attention, rows)
+        x = (x if rows is None else x[:, rows]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -105,18 +120,35 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
-        """Final-normed hidden states [N, R, d] of int64 tokens [N, R] at absolute positions [N, R]."""
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Attention,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Final-normed hidden states [N, R, d] of int64 tokens [N, R] at absolute positions [N, R].
+
+        Args:
+            rows: int64 [A], indices into R: only these are asked for, [N, A, d]. The last layer then does nothing for
+                the others but their keys and values, which in a model of L layers saves up to 1/L of the work.
+        """
         x = self.embed_norm(self.embed_tokens(tokens))
         cos = self.rope_cos[positions][:, :, None]  # type: ignore[index]
         sin = self.rope_sin[positions][:, :, None]  # type: ignore[index]
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, index, attention)
+            x = layer(x, cos, sin, index, attention, rows if index == last else None)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, d], what hidden states are projected with."""
+        return self.embed_tokens.weight
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., d] to [..., V] with the tied head; the mask token gets -inf, it is never an answer."""
-        scores = F.linear(hidden, self.embed_tokens.weight)
+        scores = F.linear(hidden, self.head_weight)
         scores[..., self.config.mask_token_id] = float("-inf")
         return scores
 

@@ -21,3 +21,27 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope_and_write(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    destination: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+) -> torch.Tensor:
+    """Rotated keys [R, K, D]; rows with a destination are stored in the pages, in place.
+
+    Args:
+        k, v: [R, K, D]; cos, sin: [R, head_dim / 2].
+        destination: int64 [R], flat position (page · page_size + offset); -1 = not stored.
+        key_pages, value_pages: [P, page_size, K, D].
+    """
+    k = apply_rope(k, cos[:, None], sin[:, None])
+    rows = (destination >= 0).nonzero()[:, 0]
+    where = destination[rows]
+    key_pages.flatten(0, 1)[where] = k[rows]
+    value_pages.flatten(0, 1)[where] = v[rows]
+    return k

@@ -236,7 +236,7 @@ def test_abort_frees_the_slot_and_leaves_the_rest_alone() -> None:
     engine.add(queued)
     for _ in range(3):
         engine.step()
-    assert "long" in engine._running
+    assert "long" in engine._scheduler.running
     aborted = engine.abort("long")
     assert aborted.finish_reason == "abort"
     assert aborted.forwards == 3
