@@ -13,14 +13,11 @@ def rope_table(head_dim: int, max_positions: int, theta: float) -> tuple[torch.T
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (x[i], x[i + head_dim/2]) by its position's angle.
-
-    Args:
-        x: [N, R, heads, head_dim].
-        cos, sin: [N, R, 1, head_dim / 2], already gathered by position.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotate each pair (x[i], x[i + D']) by its position's angle, D' the width of cos; pass on what is behind 2·D'."""
+    width = cos.shape[-1]
+    first, second, rest = x[..., :width], x[..., width : 2 * width], x[..., 2 * width :]
+    parts = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*(part.to(x.dtype) for part in parts), rest), dim=-1)
 
 
 def rope_and_write(
@@ -32,16 +29,22 @@ def rope_and_write(
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotated keys [R, K, D]; rows with a destination are stored in the pages, in place.
-
-    Args:
-        k, v: [R, K, D]; cos, sin: [R, head_dim / 2].
-        destination: int64 [R], flat position (page · page_size + offset); -1 = not stored.
-        key_pages, value_pages: [P, page_size, K, D].
-    """
+    """Rotate k, store k and v where a row has a destination; arguments in `fewstep.kernels.rope.rope_and_write`."""
     k = apply_rope(k, cos[:, None], sin[:, None])
-    rows = (destination >= 0).nonzero()[:, 0]
-    where = destination[rows]
-    key_pages.flatten(0, 1)[where] = k[rows]
-    value_pages.flatten(0, 1)[where] = v[rows]
+    write(k, v, destination, key_pages, value_pages)
     return k
+
+
+def write(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    destination: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+) -> None:
+    """Store the rows of k and v [R, K, D] that have a destination at that position of the flat pages."""
+    rows = (destination >= 0).nonzero()[:, 0]
+    if len(rows):
+        positions = destination[rows]
+        key_pages.flatten(0, 1).index_copy_(0, positions, k[rows])
+        value_pages.flatten(0, 1).index_copy_(0, positions, v[rows])
