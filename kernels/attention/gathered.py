@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,11 @@ class GatherPlan:
             out[run.units] = self._attend_run(run, own_q, own_k, own_v, key_pages, value_pages, layer)
         return out
 
+    @cached_property
+    def _numbers(self) -> torch.Tensor:
+        """int64 [7, N]: the ranges, pages, prefix pages and suffix page; only batches that are not alike need it."""
+        return torch.tensor([*self._ranges, self._lengths, self._prefix_pages, self._suffix_page])
+
     def _attend_run(
         self,
         run: _Run,
@@ -184,10 +190,13 @@ class GatherPlan:
         yield slice(first, len(self._lengths))
 
     def _run(self, units: slice) -> _Run:
-        prefixes, _, _, owns = (column[units] for column in self._ranges)
+        prefixes, starts, stops, owns = (column[units] for column in self._ranges)
         most, size, rows = max(self._lengths[units], default=0), self.page_size, self.num_rows
         full = all(own == rows for own in owns)
-        alike = len(set(prefixes)) == 1 and self._lengths[units] == self._prefix_pages[units]
+        suffixes = any(
+            stop > max(start, end) for end, start, stop in zip(prefixes, starts, stops, strict=True)
+        )
+        alike = len(set(prefixes)) == 1 and not suffixes
         own_pages = -(-rows // size)
         if alike and full:
             past = prefixes[0]
@@ -198,11 +207,11 @@ class GatherPlan:
             hidden = _positions(~cached, 0, (most + own_pages) * size)
         padding = unused = None
         if not full:
-            beyond = torch.arange(rows) >= torch.tensor(owns)[:, None]
+            beyond = torch.arange(rows) >= self._numbers[3, units, None]
             padding = _positions(beyond, past, (most + own_pages) * size)
             unused = beyond[:, :, None, None]
         index = self._pages(units, most, own_pages) if most or not full else None
-        return _Run(units, index, past, hidden, padding, unused, self._visible(cached, past, owns))
+        return _Run(units, index, past, hidden, padding, unused, self._visible(cached, past, units))
 
     def _pages(self, units: slice, most: int, own_pages: int) -> torch.Tensor:
         """int32 [n·(C + own pages)]; a page that is not wanted becomes the unit's last wanted one, still in cache."""
@@ -214,10 +223,7 @@ class GatherPlan:
             wanted = wanted[:, :most]
             return torch.cat((wanted, wanted[:, -1:].expand(-1, own_pages)), dim=1).flatten()
         column = torch.arange(most + own_pages)
-        count, first, page = (
-            torch.tensor(numbers[units])[:, None]
-            for numbers in (self._lengths, self._prefix_pages, self._suffix_page)
-        )
+        count, first, page = self._numbers[4:, units, None]
         column = torch.minimum(column, (count - 1).clamp_(min=0))
         column = torch.where(column < first, column, column - first + page)
         # A unit without a page has no table entry that may be read.
@@ -226,18 +232,14 @@ class GatherPlan:
 
     def _cached(self, units: slice, most: int) -> torch.Tensor:
         """bool [n, C·s]: which gathered positions are visible."""
-        end, start, stop, _ = (torch.tensor(column[units])[:, None, None] for column in self._ranges)
-        count, first, page = (
-            torch.tensor(numbers[units])[:, None, None]
-            for numbers in (self._lengths, self._prefix_pages, self._suffix_page)
-        )
+        end, start, stop, _, count, first, page = self._numbers[:, units, None, None]
         column = torch.arange(most)[:, None]
         position = torch.where(column < first, column, column - first + page) * self.page_size
         position = position + torch.arange(self.page_size)
         visible = (position < end) | ((position >= start) & (position < stop))
         return (visible & (column < count)).flatten(1)
 
-    def _visible(self, cached: torch.Tensor | None, past: int, owns: list[int]) -> torch.Tensor | None:
+    def _visible(self, cached: torch.Tensor | None, past: int, units: slice) -> torch.Tensor | None:
         """bool [1 or n, 1, r, c + r]; own rows of no unit, which are zero, are seen by rows of no unit only."""
         rows = self.num_rows
         if cached is None and self.own_block >= rows:
@@ -246,7 +248,7 @@ class GatherPlan:
         own = (block <= block[:, None])[None]
         if cached is None:
             return torch.cat((torch.ones(1, rows, past, dtype=torch.bool), own), dim=-1)[:, None]
-        real = torch.arange(rows) < torch.tensor(owns)[:, None]
+        real = torch.arange(rows) < self._numbers[3, units, None]
         own = torch.where(real[:, :, None], own & real[:, None], True)
         return torch.cat((cached[:, None].expand(-1, rows, -1), own), dim=-1)[:, None]
 
