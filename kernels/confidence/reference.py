@@ -33,11 +33,13 @@ class RowStats(NamedTuple):
         token: int64 [M].
         confidence: float32 [M], untempered softmax probability of `token`.
         logprob: float32 [M], its logarithm; not finite when the row's logits are not usable.
+        entropy: float32 [M] in nats, of the untempered softmax; None unless it was asked for.
     """
 
     token: torch.Tensor
     confidence: torch.Tensor
     logprob: torch.Tensor
+    entropy: torch.Tensor | None = None
 
 
 def _mix64(value: torch.Tensor) -> torch.Tensor:
@@ -80,9 +82,13 @@ def _draw(
 
 
 def row_stats(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor | None
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor | None,
+    entropy: bool = False,
 ) -> RowStats:
-    """Token, confidence and log-probability of every row.
+    """Token, confidence and log-probability of every row, and its entropy if asked for.
 
     Args:
         logits: float [M, V]; entries that may not be written are -inf.
@@ -97,7 +103,9 @@ def row_stats(
         token[sampled] = _draw(logits[sampled], temperature[sampled], top_p[sampled], uniform[sampled])
         chosen = logits.gather(-1, token[:, None])[:, 0]
     logprob = (chosen - normaliser).float()
-    return RowStats(token, logprob.exp(), logprob)
+    # entr is -p·log p with 0 at p = 0, so a forbidden token adds nothing where p·log p would be NaN.
+    spread = torch.special.entr(logits.softmax(-1)).sum(-1).float() if entropy else None
+    return RowStats(token, logprob.exp(), logprob, spread)
 
 
 def commit(canvas: CanvasBlock, candidates: Candidates, policy: PolicyTensors) -> Committed:

@@ -1,5 +1,5 @@
 """The language-model head for masked rows only."""
 
-from fewstep.kernels.head.reference import head_confidence, head_statistics
+from fewstep.kernels.head.dispatch import head_confidence
 
-__all__ = ["head_confidence", "head_statistics"]
+__all__ = ["head_confidence"]

@@ -143,11 +143,11 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[V, d], what hidden states are projected with."""
+        """[V, d], tied to the embedding."""
         return self.embed_tokens.weight
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., d] to [..., V] with the tied head; the mask token gets -inf, it is never an answer."""
+        """[..., d] to [..., V]; the mask token gets -inf, it is never an answer."""
         scores = F.linear(hidden, self.head_weight)
         scores[..., self.config.mask_token_id] = float("-inf")
         return scores

@@ -23,19 +23,38 @@ _PARTIALS = 512
 
 @triton.jit
 def rms_norm_kernel(
-    x, weight, out, inverse, num_rows, num_columns, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x,
+    picked,
+    weight,
+    out,
+    inverse,
+    num_rows,
+    num_columns,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
-    """out = x · inverse · weight with inverse [M] = 1 / sqrt(mean(x²) + eps), ROWS rows a program."""
+    """out = x · inverse · weight with inverse [M] = 1 / sqrt(mean(x²) + eps), ROWS rows a program.
+
+    GATHER: row i of the output is of row picked[i] of x, and `inverse` is not written.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     where = rows[:, None] * num_columns + columns[None, :]
-    value = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+    if GATHER:
+        source = tl.load(picked + rows, mask=rows < num_rows, other=0)
+        value = tl.load(x + source[:, None] * num_columns + columns[None, :], mask=inside, other=0.0)
+    else:
+        value = tl.load(x + where, mask=inside, other=0.0)
+    value = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / num_columns + eps)
     gain = tl.load(weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     result = value * scale[:, None] * gain[None, :]
     tl.store(out + where, result.to(out.dtype.element_ty), mask=inside)
-    tl.store(inverse + rows, scale, mask=rows < num_rows)
+    if not GATHER:
+        tl.store(inverse + rows, scale, mask=rows < num_rows)
 
 
 @triton.jit
@@ -90,7 +109,9 @@ class _RMSNorm(torch.autograd.Function):
         tile = _tile(num_columns)
         if num_rows:
             grid = (triton.cdiv(num_rows, tile["ROWS"]),)
-            rms_norm_kernel[grid](x, weight, out, inverse, num_rows, num_columns, eps, **tile)
+            rms_norm_kernel[grid](
+                x, None, weight, out, inverse, num_rows, num_columns, eps, GATHER=False, **tile
+            )
         ctx.save_for_backward(x, weight, inverse)
         return out
 
@@ -115,30 +136,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
 
 
+def rms_norm_rows(x: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """[M, d]: rms_norm(x[rows]) of x [R, d] and int64 rows [M], in one pass; not differentiable."""
+    x = x.contiguous()
+    out = torch.empty(len(rows), x.shape[1], dtype=x.dtype, device=x.device)
+    tile = _tile(x.shape[1])
+    if len(rows):
+        grid = (triton.cdiv(len(rows), tile["ROWS"]),)
+        rms_norm_kernel[grid](
+            x, rows, weight.contiguous(), out, None, len(rows), x.shape[1], eps, GATHER=True, **tile
+        )
+    return out
+
+
 def _builds() -> list[Build]:
     builds = []
+    floats = {"inverse": "*fp32:16", "num_rows": "i32", "num_columns": "i32:16"}
     for num_columns in (128, 4096):
         tile = _tile(num_columns)
         warps = tile.pop("num_warps")
-        forward = dict.fromkeys(("x", "weight", "out"), "*bf16:16")
-        backward = dict.fromkeys(("grad", "x", "weight", "grad_x"), "*bf16:16")
-        shape = {"num_rows": "i32", "num_columns": "i32:16"}
-        builds += [
-            Build(
-                f"forward bf16 d={num_columns}",
-                rms_norm_kernel,
-                forward | {"inverse": "*fp32:16"} | shape | {"eps": "fp32"},
-                tile,
-                warps,
-            ),
-            Build(
-                f"backward bf16 d={num_columns}",
-                rms_norm_backward_kernel,
-                backward | {"inverse": "*fp32:16", "partial": "*fp32:16"} | shape,
-                tile,
-                warps,
-            ),
-        ]
+        forward = dict.fromkeys(("x", "weight", "out"), "*bf16:16") | floats | {"eps": "fp32"}
+        backward = dict.fromkeys(("grad", "x", "weight", "grad_x"), "*bf16:16") | floats
+        gathered = {name: kind for name, kind in forward.items() if name != "inverse"} | {"picked": "*i64:16"}
+        for name, kernel, signature, constants in (
+            ("forward", rms_norm_kernel, forward, {"picked": None, "GATHER": False}),
+            ("forward of picked rows", rms_norm_kernel, gathered, {"inverse": None, "GATHER": True}),
+            ("backward", rms_norm_backward_kernel, backward | {"partial": "*fp32:16"}, {}),
+        ):
+            builds.append(Build(f"{name} d={num_columns}", kernel, signature, tile | constants, warps))
     return builds
 
 
