@@ -1,22 +1,26 @@
-"""Model folders in Hugging Face layout: config.json, model.safetensors, tokenizer.json."""
+"""Model folders in Hugging Face layout: config.json, safetensors, tokenizer.json, of any family."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.families import Piece, family_of
+from fewstep.kernels.model.shards import INDEX_FILE, ShardedTensors, write_shards
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.artifacts import atomic_folder
 from fewstep.platform.errors import CheckpointError
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def embedded_model() -> Path:
@@ -35,7 +39,10 @@ def state_checksum(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
-    """tokenizer.json of a model folder, checked against the model's vocabulary size and mask token."""
+    """tokenizer.json of a model folder, checked against the model's vocabulary size.
+
+    Ours has exactly the model's tokens; other families pad their embedding, so fewer are fine there.
+    """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
@@ -47,79 +54,210 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
         raise CheckpointError(
             str(path), f"unreadable ({error})", "a tokenizers JSON file", "copy it again"
         ) from error
-    if tokenizer.get_vocab_size() != config.vocab_size:
+    size, padded = tokenizer.get_vocab_size(), config.family != "fewstep"
+    if size > config.vocab_size or (size < config.vocab_size and not padded):
         raise CheckpointError(
             str(path),
-            f"{tokenizer.get_vocab_size()} tokens",
-            f"the model's vocab_size {config.vocab_size}",
+            f"{size} tokens",
+            f"{'at most ' if padded else ''}the model's vocab_size {config.vocab_size}",
             "use the tokenizer the model was trained with",
         )
     return tokenizer
 
 
-def load_state(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """model.safetensors of a folder, names and shapes checked against the configuration."""
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
-        raise CheckpointError(str(path), "no such file", "a safetensors file", "check the path")
-    try:
-        state = load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            str(path), f"unreadable ({error})", "a whole safetensors file", "copy it again"
-        ) from error
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
-    missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or surplus:
-        raise CheckpointError(
-            str(path),
-            f"missing {missing[:4]}, surplus {surplus[:4]}",
-            "the tensors of config.json",
-            "re-export the model",
-        )
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise CheckpointError(
-                f"{path}:{name}",
-                tuple(state[name].shape),
-                f"shape {shape}",
-                "use the config.json of these weights",
-            )
+def load_state(
+    folder: Path, config: ModelConfig, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """The weights of a folder under the transformer's names; names and shapes are checked before any is read.
+
+    Memory: one copy of the weights, plus one tensor, plus at most 256 MiB of a mapped file.
+
+    Args:
+        dtype: to convert each tensor to as it is read; None = as stored.
+    Raises:
+        CheckpointError: names the missing, surplus, or wrongly shaped tensors as the files spell them.
+    """
+    files = ShardedTensors(folder)
+    pieces = _checked_pieces(files, config)
+    state: dict[str, torch.Tensor] = {}
+    shapes = _own_shapes(config)
+    for name, tensor in files.read():
+        converted = tensor if dtype is None else tensor.to(dtype)
+        for piece in pieces[name]:
+            _place(state, piece, converted, shapes[piece.target], f"{files.where}: {name}")
     return state
 
 
-def load_model(folder: Path) -> tuple[Transformer, Tokenizer]:
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
     """A model in eval mode and its tokenizer.
 
+    The module is built without memory and each tensor becomes its parameter, so there is never a second copy.
+
+    Args:
+        dtype: of the weights; None = as stored.
     Raises:
         CheckpointError: a file is missing, corrupt, or does not fit the others.
     """
     config = ModelConfig.load(folder)
     tokenizer = load_tokenizer(folder, config)
-    model = Transformer(config)
-    model.load_state_dict(load_state(folder, config))
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(load_state(folder, config, dtype), assign=True)
     return model.eval(), tokenizer
 
 
 def save_model(
-    folder: Path, state: Mapping[str, torch.Tensor], config: ModelConfig, tokenizer: Tokenizer
+    folder: Path,
+    state: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    source: Path | None = None,
 ) -> None:
-    """Write a model folder whole or not at all; an older one of that name is replaced.
+    """Write a model folder in its family's format, whole or not at all; an older one of that name is replaced.
 
+    Weights are stored in the type that config.json states. What was loaded and not changed comes back byte for byte.
+
+    Args:
+        source: the folder the model came from; its split into shards and its other files (chat template, generation
+            settings, modelling code) are kept. It may be `folder` itself.
     Raises:
         ResourceError: the disk is full.
         CheckpointError: the folder cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    files = ShardedTensors(source) if source is not None and config.source is not None else None
     try:
         with atomic_folder(Path(folder)) as temporary:
+            _write_weights(temporary, state, config, files)
+            if source is not None:
+                _copy_other_files(Path(source), temporary)
             (temporary / "config.json").write_text(config.dump())
-            save_file(tensors, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-            tokenizer.save(str(temporary / "tokenizer.json"))
+            _write_tokenizer(temporary / "tokenizer.json", tokenizer)
             for file in temporary.iterdir():
                 file.chmod(0o644)  # safetensors makes its file readable by the owner alone
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             str(folder), str(error), "a writable folder", "check its permissions"
         ) from error
+
+
+def _own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+
+
+def _pieces_by_source(config: ModelConfig) -> dict[str, list[Piece]]:
+    pieces: dict[str, list[Piece]] = {}
+    for piece in family_of(config).pieces(config):
+        pieces.setdefault(piece.source, []).append(piece)
+    return pieces
+
+
+def _checked_pieces(files: ShardedTensors, config: ModelConfig) -> dict[str, list[Piece]]:
+    pieces = _pieces_by_source(config)
+    head = family_of(config).head_name
+    if config.tie_word_embeddings and head in files.entries:
+        pieces[head] = [Piece(head, "embed_tokens.weight")]
+    missing, surplus = (
+        sorted(pieces.keys() - files.entries.keys()),
+        sorted(files.entries.keys() - pieces.keys()),
+    )
+    if missing or surplus:
+        raise CheckpointError(
+            files.where,
+            f"missing {_some(missing)}, surplus {_some(surplus)}",
+            "the tensors of config.json",
+            "re-export the model",
+        )
+    shapes = _own_shapes(config)
+    for name, parts in pieces.items():
+        expected, got = _source_shape(parts, shapes), files.entries[name].shape
+        if got != expected:
+            raise CheckpointError(
+                f"{files.folder / files.entries[name].file}:{name}",
+                got,
+                f"shape {expected}",
+                "use the config.json of these weights",
+            )
+    return pieces
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[:4]}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _source_shape(parts: list[Piece], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    inner = [shapes[part.target][0 if part.index is None else 1 :] for part in parts]
+    if parts[0].first_row is None:
+        return inner[0]
+    return (sum(shape[0] for shape in inner), *inner[0][1:])
+
+
+def _place(
+    state: dict[str, torch.Tensor], piece: Piece, tensor: torch.Tensor, shape: tuple[int, ...], where: str
+) -> None:
+    """Put a source tensor, or its rows, where they belong in the state."""
+    if piece.first_row is None and piece.index is None:
+        twin = state.setdefault(piece.target, tensor)
+        if twin is not tensor and not torch.equal(twin, tensor):
+            raise CheckpointError(
+                where,
+                f"a head that is not {piece.target}",
+                "the same tensor twice",
+                "untie it in config.json",
+            )
+        return
+    target = state.get(piece.target)
+    if target is None:
+        target = state[piece.target] = tensor.new_empty(shape)
+    if piece.index is not None:
+        target = target[piece.index]
+    first = piece.first_row or 0
+    target.copy_(tensor[first : first + len(target)])
+
+
+def _write_weights(
+    folder: Path, state: Mapping[str, torch.Tensor], config: ModelConfig, like: ShardedTensors | None
+) -> None:
+    pieces = _pieces_by_source(config)
+    head = family_of(config).head_name
+    if like is not None and config.tie_word_embeddings and head in like.entries:
+        pieces[head] = [Piece(head, "embed_tokens.weight")]
+    stored: torch.dtype = getattr(torch, config.torch_dtype)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def dtype_of(name: str) -> torch.dtype:
+        # Some families keep single tensors in another type than the rest.
+        return stored if like is None else like.entries[name].dtype
+
+    def tensor_of(name: str) -> torch.Tensor:
+        parts = [_part(state[piece.target], piece) for piece in pieces[name]]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.detach().to("cpu", dtype_of(name)).contiguous()
+
+    write_shards(
+        folder,
+        {name: (_source_shape(parts, shapes), dtype_of(name)) for name, parts in pieces.items()},
+        tensor_of,
+        like,
+    )
+
+
+def _part(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return tensor if piece.index is None else tensor[piece.index]
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    """Everything of a model folder that is not weights: small files that only the family's own users read."""
+    for path in sorted(source.iterdir()):
+        known = path.name in (*MODEL_FILES, INDEX_FILE) or path.suffix in _WEIGHT_SUFFIXES
+        if path.is_file() and not known and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+    if (source / "tokenizer.json").is_file():
+        shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")
+
+
+def _write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """The source's own file where it says the same, byte for byte."""
+    if path.is_file() and Tokenizer.from_file(str(path)).to_str() == tokenizer.to_str():
+        return
+    tokenizer.save(str(path))

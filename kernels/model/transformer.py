@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fewstep.kernels.attention import attend
-from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
+from fewstep.kernels.model.rotary import rotary_table
 from fewstep.kernels.norm import rms_norm
-from fewstep.kernels.rope import apply_rope, rope_table
+from fewstep.kernels.rope import apply_rope
 
-# (layer index, q [N,R,H,D], k [N,R,K,D], v [N,R,K,D], cos, sin [N,R,1,D/2]) -> [N,R,H,D]. Queries and keys come
-# before their rotation, so that rotating keys and storing them can be one pass.
+# (layer index, q [N,R,H,D], k [N,R,K,D], v [N,R,K,D], cos, sin float32 [N,R,1,D'/2]) -> [N,R,H,D], D' the rotated
+# dimensions. Queries and keys come before their rotation, so that rotating keys and storing them can be one pass.
 Attention = Callable[
     [int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
@@ -35,8 +36,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def _optional_norm(wanted: bool, size: int, config: ModelConfig) -> nn.Module:
+    return RMSNorm(size, config.rms_norm_eps) if wanted else nn.Identity()
+
+
 class SelfAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys (Qwen3's arrangement)."""
+    """Grouped-query attention; queries and keys are normalised first in some families (Qwen3's arrangement)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -45,12 +50,12 @@ class SelfAttention(nn.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, config.qkv_bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, config.output_bias)
+        self.q_norm = _optional_norm(config.qk_norm, self.head_dim, config)
+        self.k_norm = _optional_norm(config.qk_norm, self.head_dim, config)
 
     def forward(
         self,
@@ -75,9 +80,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
@@ -106,17 +111,26 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A pre-norm decoder stack without a causal mask: who sees whom is the attention callback's rule."""
+    """A pre-norm decoder stack of any family; who sees whom is the attention callback's rule.
+
+    Built under `torch.device("meta")` only the rotary tables take memory; `load_model` then assigns the weights.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # Normalising the embedding (with q/k norms) trained 1.5-2.4x faster in probes of this model size.
-        self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Normalising the embedding (with q/k norms) trained 1.5-2.4x faster in probes of the embedded model's size.
+        self.embed_norm = _optional_norm(config.embedding_norm, config.hidden_size, config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        cos, sin = rope_table(config.head_dim, config.max_position_embeddings, config.rope_theta)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        with torch.device("cpu"):  # no checkpoint holds the tables, so a meta module needs real ones
+            cos, sin = rotary_table(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
@@ -143,21 +157,24 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[V, d], tied to the embedding."""
-        return self.embed_tokens.weight
+        """[V, d], the embedding where the head is tied to it."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., d] to [..., V]; the mask token gets -inf, it is never an answer."""
         scores = F.linear(hidden, self.head_weight)
-        scores[..., self.config.mask_token_id] = float("-inf")
+        if self.config.mask_token_id != NO_TOKEN:
+            scores[..., self.config.mask_token_id] = float("-inf")
         return scores
 
     def initialise(self, seed: int) -> None:
-        """Fresh weights from a generator of its own: normal(0, 0.02), output projections scaled by depth."""
+        """Fresh weights from a generator of its own: normal(0, 0.02), output projections scaled by depth; biases 0."""
         generator = torch.Generator().manual_seed(seed)
         depth_scale = (2 * len(self.layers)) ** -0.5
         with torch.no_grad():
             for name, parameter in self.named_parameters():
+                if name.endswith(".bias"):
+                    parameter.zero_()
                 if parameter.dim() < 2:
                     continue
                 std = 0.02 * (depth_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
@@ -172,6 +189,8 @@ def masked_attention(visible: torch.Tensor) -> Attention:
     def attention(
         _layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        return attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, visible)
+        # The tables are float32: rotating in their precision and rounding once is closer than rounding them first.
+        q, k = apply_rope(q, cos, sin).to(q.dtype), apply_rope(k, cos, sin).to(k.dtype)
+        return attend(q, k, v, visible)
 
     return attention
