@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.families import Piece, family_of
+from fewstep.kernels.model.families.names import ROUTER_BIAS
 from fewstep.kernels.model.shards import INDEX_FILE, ShardedTensors, write_shards
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.artifacts import atomic_folder
@@ -82,9 +83,10 @@ def load_state(
     state: dict[str, torch.Tensor] = {}
     shapes = _own_shapes(config)
     for name, tensor in files.read():
-        converted = tensor if dtype is None else tensor.to(dtype)
+        kept = dtype is None or pieces[name][0].target.endswith(ROUTER_BIAS)
+        converted = tensor if kept else tensor.to(dtype)
         for piece in pieces[name]:
-            _place(state, piece, converted, shapes[piece.target], f"{files.where}: {name}")
+            _place(state, piece, converted, shapes[piece.target], files.where)
     return state
 
 
@@ -200,10 +202,10 @@ def _place(
         twin = state.setdefault(piece.target, tensor)
         if twin is not tensor and not torch.equal(twin, tensor):
             raise CheckpointError(
-                where,
-                f"a head that is not {piece.target}",
+                f"{where}: tie_word_embeddings",
+                "a stored head that is not the embedding",
                 "the same tensor twice",
-                "untie it in config.json",
+                "set it to false in config.json",
             )
         return
     target = state.get(piece.target)
@@ -226,13 +228,15 @@ def _write_weights(
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def dtype_of(name: str) -> torch.dtype:
-        # Some families keep single tensors in another type than the rest.
-        return stored if like is None else like.entries[name].dtype
+        if like is not None:
+            return like.entries[name].dtype
+        return torch.float32 if pieces[name][0].target.endswith(ROUTER_BIAS) else stored
 
     def tensor_of(name: str) -> torch.Tensor:
         parts = [_part(state[piece.target], piece) for piece in pieces[name]]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.detach().to("cpu", dtype_of(name)).contiguous()
+        whole = whole.detach().to("cpu", dtype_of(name)).contiguous()
+        return whole.clone() if name == head else whole  # safetensors refuses two names for one memory
 
     write_shards(
         folder,

@@ -46,6 +46,42 @@ class RopeScaling(BaseModel):
         return self
 
 
+class MoeConfig(BaseModel):
+    """Mixture of experts in place of the MLP; field names are Hugging Face's (DeepSeek-V3's router, 2412.19437, 2.1.2).
+
+    A token's experts are the best by score plus a per-expert bias that only choosing sees, among the experts of the
+    best `topk_group` of `n_group` groups; their outputs are weighted by the scores without the bias.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_experts: int = Field(ge=1)
+    num_experts_per_tok: int = Field(ge=1)
+    moe_intermediate_size: int = Field(ge=1)
+    num_shared_experts: int = Field(
+        default=0, ge=0, description="one MLP of this many experts' size sees every token"
+    )
+    first_k_dense_replace: int = Field(
+        default=0, ge=0, description="layers before this one keep the plain MLP"
+    )
+    n_group: int = Field(default=1, ge=1)
+    topk_group: int = Field(default=1, ge=1)
+    score_function: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = Field(default=True, description="divide the chosen scores by their sum")
+    routed_scaling_factor: float = 1.0
+    expert_bias: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MoeConfig:
+        if self.num_experts % self.n_group:
+            raise ValueError("n_group must divide num_experts")
+        if self.topk_group > self.n_group:
+            raise ValueError("topk_group must be at most n_group")
+        if self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group:
+            raise ValueError("num_experts_per_tok must be at most the experts of topk_group groups")
+        return self
+
+
 class ModelConfig(BaseModel):
     """Sizes, switches and special tokens of a model of any family.
 
@@ -83,6 +119,7 @@ class ModelConfig(BaseModel):
     qkv_bias: bool = False
     output_bias: bool = Field(default=False, description="bias of attention's output projection")
     mlp_bias: bool = False
+    moe: MoeConfig | None = None
     attention_kind: AttentionKind = Field(
         default="block_causal",
         description="block_causal: a row sees earlier blocks and its own; bidirectional: every row sees every row; "
@@ -126,6 +163,10 @@ class ModelConfig(BaseModel):
         """Rotated dimensions of a head."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.moe is not None and layer >= self.moe.first_k_dense_replace
+
     @property
     def sees_block(self) -> int:
         """The block size that `visibility` needs: a bidirectional model is one block as long as its context."""
@@ -158,5 +199,6 @@ _WRITTEN_WHERE_SET = (
     "qkv_bias",
     "output_bias",
     "mlp_bias",
+    "moe",
     "logit_shift",
 )

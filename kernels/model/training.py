@@ -10,8 +10,8 @@ from torch import nn
 from fewstep.kernels.attention import attend, visibility
 from fewstep.kernels.loss import target_logprobs
 from fewstep.kernels.model.config import Precision
+from fewstep.kernels.model.rotary import rotate
 from fewstep.kernels.model.transformer import Attention, Transformer
-from fewstep.kernels.rope import apply_rope
 from fewstep.kernels.rows import NO_TARGET, RowBatch
 
 
@@ -92,7 +92,7 @@ def _float32_attention(visible: torch.Tensor) -> Attention:
     def attention(
         _layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), visible)
 

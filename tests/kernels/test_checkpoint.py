@@ -109,7 +109,9 @@ def test_a_tokenizer_of_another_size_is_refused(folder: Path) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"mask_token_id": 10_000}, "mask_token_id"),
         ({"sliding_window": 5}, "sliding_window"),
-        ({"model_type": "llama"}, "model_type"),
+        ({"model_type": "gpt2"}, "model_type: got 'gpt2'; allowed: one of .*fewstep_block_diffusion, llada"),
+        ({"model_type": "qwen3"}, "architectures: got .*FewstepBlock.*; allowed: one of Qwen3ForCausalLM"),
+        ({"family": "llada"}, "family"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_name(

@@ -9,15 +9,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.kernels.model.families.decoder import SDAR
+from fewstep.kernels.model.families.decoder import DECODER_FAMILIES
 from fewstep.kernels.model.families.family import Family, Fields, Piece
 from fewstep.kernels.model.families.fewstep import FEWSTEP
 from fewstep.kernels.model.families.llada import LLADA
+from fewstep.kernels.model.families.llada2 import LLADA2
 from fewstep.platform.errors import CheckpointError
 
 __all__ = ["FAMILIES", "Family", "Piece", "family_of", "read_config"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FEWSTEP, LLADA, SDAR)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FEWSTEP, LLADA, LLADA2, *DECODER_FAMILIES)}
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -66,20 +67,19 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _find(path: Path, values: dict[str, Any]) -> Family:
-    """By model_type; an architecture of that type without a language-model head is refused."""
+    """By model_type, then by architecture: one type may have several, and some of them hold no language model."""
     model_type = values.get("model_type")
-    known = {family.model_type: family for family in FAMILIES.values()}
-    if model_type not in known:
+    candidates = [family for family in FAMILIES.values() if family.model_type == model_type]
+    if not candidates:
+        known = sorted({family.model_type for family in FAMILIES.values()})
         raise CheckpointError(
-            f"{path}: model_type", repr(model_type), f"one of {', '.join(sorted(known))}", "convert the model"
+            f"{path}: model_type", repr(model_type), f"one of {', '.join(known)}", "convert the model"
         )
-    family = known[model_type]
-    given = values.get("architectures") or family.architectures
-    if not set(given) & set(family.architectures):
-        raise CheckpointError(
-            f"{path}: architectures",
-            given,
-            f"one of {', '.join(family.architectures)}",
-            "use that checkpoint",
-        )
-    return family
+    given = values.get("architectures") or candidates[0].architectures
+    for family in candidates:
+        if set(given) & set(family.architectures):
+            return family
+    allowed = [name for family in candidates for name in family.architectures]
+    raise CheckpointError(
+        f"{path}: architectures", given, f"one of {', '.join(allowed)}", "use a checkpoint of that kind"
+    )

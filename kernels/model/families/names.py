@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 from fewstep.kernels.model.config import ModelConfig
 
+# Stays float32 whatever the weights are: it decides between experts that score alike.
+ROUTER_BIAS = "router.bias"
+
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -33,7 +36,20 @@ def layer_names(config: ModelConfig, layer: int) -> Iterator[str]:
     if config.qk_norm:
         yield from ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
     yield "post_attention_layernorm.weight"
+    if config.is_moe_layer(layer):
+        yield from _moe_names(config)
+        return
     for name in _MLP:
         yield f"mlp.{name}.weight"
         if config.mlp_bias:
             yield f"mlp.{name}.bias"
+
+
+def _moe_names(config: ModelConfig) -> Iterator[str]:
+    assert config.moe is not None
+    yield "mlp.router.weight"
+    if config.moe.expert_bias:
+        yield f"mlp.{ROUTER_BIAS}"
+    yield from (f"mlp.experts.{name}" for name in _MLP)
+    if config.moe.num_shared_experts:
+        yield from (f"mlp.shared.{name}.weight" for name in _MLP)
