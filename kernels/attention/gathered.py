@@ -237,7 +237,8 @@ class GatherPlan:
         position = torch.where(column < first, column, column - first + page) * self.page_size
         position = position + torch.arange(self.page_size)
         visible = (position < end) | ((position >= start) & (position < stop))
-        return (visible & (column < count)).flatten(1)
+        seen: torch.Tensor = (visible & (column < count)).flatten(1)
+        return seen
 
     def _visible(self, cached: torch.Tensor | None, past: int, units: slice) -> torch.Tensor | None:
         """bool [1 or n, 1, r, c + r]; own rows of no unit, which are zero, are seen by rows of no unit only."""

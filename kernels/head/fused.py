@@ -179,9 +179,7 @@ def part_logits(
 
 
 @triton.jit
-def crossing_part(
-    tempered, best, row, top, heat, u, num_tiles, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
+def crossing_part(tempered, best, row, top, heat, u, num_tiles, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The first part at which the tempered CDF exceeds u, and how much of its own mass is to be passed there.
 
     The mass is relative to the part's tile, Σ e^((logit - best of the tile) / heat). Summed in float64, as the

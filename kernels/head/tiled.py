@@ -31,7 +31,7 @@ def _best(tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """max(-1) with the lowest index, keepdim."""
     if tile.shape[1] % _PART:
         return tile.max(-1, keepdim=True)  # type: ignore[return-value]
-    parts = tile.unflatten(1, (-1, _PART))
+    parts = tile.view(len(tile), -1, _PART)
     best, part = parts.amax(-1).max(-1, keepdim=True)
     inside = parts.gather(1, part[:, :, None].expand(-1, -1, _PART))[:, 0].argmax(-1, keepdim=True)
     return best, part * _PART + inside

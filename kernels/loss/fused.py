@@ -156,7 +156,10 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight = hidden.contiguous(), weight.contiguous()
         num_rows, (vocabulary, width) = len(hidden), weight.shape
         tile = _tile(num_rows, width, weight.dtype)
-        num_row_tiles, num_tiles = triton.cdiv(num_rows, tile["ROWS"]), triton.cdiv(vocabulary, tile["TOKENS"])
+        num_row_tiles, num_tiles = (
+            triton.cdiv(num_rows, tile["ROWS"]),
+            triton.cdiv(vocabulary, tile["TOKENS"]),
+        )
         tiles_of_split = max(1, num_row_tiles * num_tiles // _PROGRAMS)
         num_splits = triton.cdiv(num_tiles, tiles_of_split)
         best, total, moment = torch.empty(
