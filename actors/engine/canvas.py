@@ -262,6 +262,8 @@ class Canvases:
             top_p=self.top_p[slots],
             uniform=uniform,
             entropy=any(policy.kind == "entropy_bound" for policy in policies),
+            nucleus=any(policy.top_p < 1.0 for policy in policies),
+            packed=model.packed_head,
         )
         dense = torch.zeros((3, *active.shape), device=hidden.device)
         dense[0, active], dense[1, active] = stats.confidence, stats.logprob

@@ -56,6 +56,7 @@ class Engine:
         max_rows: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
+        self.model.pack()
         self.weight_version = weight_version
         self.forwards = self.committed_tokens = self.rows = 0
         self._drift_sum, self._drift_count = 0.0, 0
@@ -163,6 +164,7 @@ class Engine:
                 "push the same model",
             )
         self.model.load_state_dict(dict(state))
+        self.model.pack()
         self.weight_version = version
         for sequence in self._scheduler.running.values():
             sequence.root = str(version)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fewstep.kernels.confidence import RowStats
 from fewstep.kernels.head import reference, tiled
 from fewstep.kernels.launch import implementation_for
+from fewstep.kernels.linear import PackedWeight
 
 # 2**22 fp32 logits are 16 MiB; a vocabulary of 420 fits 9,986 rows, one chunk for any batch of the tiny model.
 MAX_CHUNK_ELEMENTS = 1 << 22
@@ -29,6 +30,7 @@ def head_confidence(
     entropy: bool = False,
     nucleus: bool | None = None,
     max_elements: int = MAX_CHUNK_ELEMENTS,
+    packed: list[PackedWeight] | None = None,
     impl: Literal["reference", "tiled", "fused"] | None = None,
 ) -> RowStats:
     """Token, confidence, log-probability and entropy of the rows that are still masked; others skip the head.
@@ -42,6 +44,7 @@ def head_confidence(
         nucleus: whether some row has top_p < 1, if the caller knows; None looks at `top_p`, for which a GPU must be
             waited for. Such rows take the reference's way (they need a sort).
         max_elements: logits the reference holds at a time; a chunk has at least one row.
+        packed: the weight's tiles as `pack_head` makes them, for `tiled`, which then always pays.
         impl: None = fused for CUDA tensors; on the CPU tiled where it pays (`tiled.pays`), else reference.
             `tiled` is greedy: it takes uniform=None only.
     Errors:
@@ -60,9 +63,10 @@ def head_confidence(
     if norm_weight is not None:
         hidden = F.rms_norm(hidden.index_select(0, rows), norm_weight.shape, norm_weight, norm_eps)
         rows = torch.arange(len(rows), device=rows.device)
-    if chosen == "tiled" or (impl is None and uniform is None and tiled.pays(len(rows), len(weight))):
+    pays = packed is not None or tiled.pays(len(rows), len(weight))
+    if chosen == "tiled" or (impl is None and uniform is None and pays):
         assert uniform is None, "the tiled head does not sample"
-        return tiled.head_confidence(hidden, rows, weight, mask_token_id, entropy)
+        return tiled.head_confidence(hidden, rows, weight, mask_token_id, entropy, packed)
     return reference.head_confidence(
         hidden, rows, weight, mask_token_id, temperature, top_p, uniform, entropy, max_elements
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fewstep.kernels.confidence import RowStats
+from fewstep.kernels.linear import PackedWeight
 
 # One EPYC core with AVX-512, bf16, d = 1024, ms of the reference against this: 32 rows 10.1 / 7.2 (V = 32,768) and
 # 47 / 36 (V = 126,464), 128 rows 24 / 17, 256 rows 49 / 30 and 359 / 110; fp32, d = 576, V = 49,152: 24 / 21 and
@@ -37,10 +38,25 @@ def _best(tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best, part * _PART + inside
 
 
+def pack_head(weight: torch.Tensor) -> list[PackedWeight] | None:
+    """The tiles of a large head [V, d], each laid out for the matrix unit; None where that is no gain."""
+    if len(weight) < MIN_VOCABULARY or not PackedWeight.supported(weight):
+        return None
+    return [PackedWeight(tile) for tile in torch.split(weight.detach(), TILE)]
+
+
 def head_confidence(
-    hidden: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, mask_token_id: int | None, entropy: bool
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    mask_token_id: int | None,
+    entropy: bool,
+    packed: list[PackedWeight] | None = None,
 ) -> RowStats:
     """See `fewstep.kernels.head.head_confidence`; `hidden` is final-normed and no row samples.
+
+    Args:
+        packed: the weight's tiles as `pack_head` makes them.
 
     Online softmax (Milakov and Gimelshein, 1805.02867, algorithm 3), with the entropy's sum carried along.
     """
@@ -49,7 +65,10 @@ def head_confidence(
     token = torch.zeros(len(rows), 1, dtype=torch.int64)
     total, moment = torch.zeros(len(rows), 1), torch.zeros(len(rows), 1)
     for first in range(0, len(weight), TILE):
-        scores = F.linear(x, weight[first : first + TILE]).float()
+        product = (
+            F.linear(x, weight[first : first + TILE]) if packed is None else packed[first // TILE].linear(x)
+        )
+        scores = product.float()
         if mask_token_id is not None and first <= mask_token_id < first + scores.shape[1]:
             scores[:, mask_token_id - first] = -torch.inf
         best, index = _best(scores)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fewstep.kernels.linear import Projection
 from fewstep.kernels.model.config import ModelConfig, MoeConfig
 
 
@@ -17,12 +18,13 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int, bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, inner_size, bias)
-        self.up_proj = nn.Linear(hidden_size, inner_size, bias)
-        self.down_proj = nn.Linear(inner_size, hidden_size, bias)
+        self.gate_proj = Projection(hidden_size, inner_size, bias)
+        self.up_proj = Projection(hidden_size, inner_size, bias)
+        self.down_proj = Projection(inner_size, hidden_size, bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + the MLP of x, both [..., d]."""
+        return self.down_proj.plus(self.up_proj.times(x, self.gate_proj.swish(x)), residual)
 
 
 class Router(nn.Module):
@@ -97,7 +99,8 @@ class MixtureOfExperts(nn.Module):
             else None
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual + the mixture of x, both [..., d]."""
         rows = x.flatten(0, -2)
         chosen, weight = self.router(rows)
         used = chosen.shape[1]
@@ -109,5 +112,5 @@ class MixtureOfExperts(nn.Module):
         each = outputs[back].view(len(rows), used, -1).float()
         mixed: torch.Tensor = (each * weight[..., None]).sum(1).to(x.dtype).view_as(x)
         if self.shared is not None:
-            mixed = mixed + self.shared(x)
-        return mixed
+            mixed = self.shared(x, mixed)
+        return residual + mixed

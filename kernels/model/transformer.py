@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fewstep.kernels.attention import attend
+from fewstep.kernels.head import pack_head
+from fewstep.kernels.linear import PackedWeight, Projection
 from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
 from fewstep.kernels.model.feed_forward import MLP, MixtureOfExperts
 from fewstep.kernels.model.rotary import rotary_table, rotate
@@ -53,10 +55,10 @@ class SelfAttention(nn.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, config.qkv_bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, config.output_bias)
+        self.q_proj = Projection(config.hidden_size, self.num_heads * self.head_dim, config.qkv_bias)
+        self.k_proj = Projection(config.hidden_size, self.num_kv_heads * self.head_dim, config.qkv_bias)
+        self.v_proj = Projection(config.hidden_size, self.num_kv_heads * self.head_dim, config.qkv_bias)
+        self.o_proj = Projection(self.num_heads * self.head_dim, config.hidden_size, config.output_bias)
         self.q_norm = _optional_norm(config.qk_norm, self.head_dim, config)
         self.k_norm = _optional_norm(config.qk_norm, self.head_dim, config)
 
@@ -67,6 +69,7 @@ class SelfAttention(nn.Module):
         sin: torch.Tensor,
         layer: int,
         attention: Attention,
+        residual: torch.Tensor,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
@@ -75,7 +78,7 @@ class SelfAttention(nn.Module):
         out = attention(layer, q, k, v, cos, sin)
         if rows is not None:
             out = out[:, rows]
-        return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
+        return self.o_proj.plus(out.flatten(-2), residual)
 
 
 class Layer(nn.Module):
@@ -99,9 +102,9 @@ class Layer(nn.Module):
         attention: Attention,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, layer, attention, rows)
-        x = (x if rows is None else x[:, rows]) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        residual = x if rows is None else x[:, rows]
+        x = self.self_attn(self.input_layernorm(x), cos, sin, layer, attention, residual, rows)
+        return self.mlp(self.post_attention_layernorm(x), x)  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
@@ -123,6 +126,7 @@ class Transformer(nn.Module):
             if config.tie_word_embeddings
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+        self.packed_head: list[PackedWeight] | None = None
         with torch.device("cpu"):  # no checkpoint holds the tables, so a meta module needs real ones
             cos, sin = rotary_table(config)
         self.register_buffer("rope_cos", cos, persistent=False)
@@ -153,6 +157,14 @@ class Transformer(nn.Module):
     def head_weight(self) -> torch.Tensor:
         """[V, d], the embedding where the head is tied to it."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def pack(self) -> None:
+        """Lay the weights out for inference as they are now (see `fewstep.kernels.linear`); to be called again after a
+        change. Results differ from unpacked ones by less than a rounding of bfloat16."""
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.pack()
+        self.packed_head = pack_head(self.head_weight)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., d] to [..., V]; the mask token gets -inf, it is never an answer."""
