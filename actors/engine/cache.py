@@ -13,12 +13,14 @@ import psutil
 import torch
 
 from fewstep.actors.engine.request import context_length
-from fewstep.kernels.attention import block_attention
+from fewstep.kernels.attention import GatherPlan, block_attention
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rope import apply_rope, rope_and_write
 
 # A bidirectional model's pages belong to one sequence each, so their size is free.
 _BIDIRECTIONAL_PAGE_SIZE = 16
+# Gathered keys and values that one group may keep from forward to forward.
+_MAX_KEPT_BYTES = 1 << 28
 
 
 def page_size(config: ModelConfig) -> int:
@@ -50,7 +52,8 @@ class PageStore:
     """[layers, P, s, K, D], for keys and for values."""
 
     def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.page_size = page_size(config)
+        self.page_size, self.page_bytes = page_size(config), page_bytes(config, dtype)
+        self.width = config.num_attention_heads * config.head_dim
         shape = (
             config.num_hidden_layers,
             num_pages,
@@ -81,17 +84,53 @@ class RowGroup:
     Attributes:
         first_row: where the group starts in the packed rows; num_rows: r; own_block: rows i and j of a sequence see
             each other iff j // own_block <= i // own_block.
-        page_table: int32 [n, pages]; prefix, suffix_start, suffix_end, own_len: int32 [n]; see `block_attention`.
+        page_table: int32 [n, pages]; bounds: int32 [4, n], prefix, suffix_start, suffix_end, own_len of
+            `block_attention`.
+        plan: what the layers share of it on a CPU.
     """
 
     first_row: int
     num_rows: int
     own_block: int
     page_table: torch.Tensor
-    prefix: torch.Tensor
-    suffix_start: torch.Tensor
-    suffix_end: torch.Tensor
-    own_len: torch.Tensor
+    bounds: torch.Tensor
+    plan: GatherPlan | None
+
+    @classmethod
+    def of(
+        cls,
+        store: PageStore,
+        first_row: int,
+        num_rows: int,
+        own_block: int,
+        page_table: torch.Tensor,
+        bounds: torch.Tensor,
+        device: torch.device,
+        keep: bool,
+    ) -> RowGroup:
+        """A group on its device.
+
+        Args:
+            page_table, bounds: on the CPU.
+            keep: gathered pages stay for the next forward with the same group, if they are not too many.
+        """
+        plan = None
+        if device.type == "cpu":
+            pages = int(bounds[:3].amax(0).sum()) // store.page_size
+            prefix, suffix_start, suffix_end, own_len = bounds
+            plan = GatherPlan(
+                page_table,
+                prefix,
+                suffix_start,
+                suffix_end,
+                own_len,
+                own_block,
+                num_rows=num_rows,
+                page_size=store.page_size,
+                width=store.width,
+                keep=keep and pages * store.page_bytes <= _MAX_KEPT_BYTES,
+            )
+        return cls(first_row, num_rows, own_block, page_table.to(device), bounds.to(device), plan)
 
 
 class PackedAttention:
@@ -101,7 +140,8 @@ class PackedAttention:
     first has just written.
 
     Args:
-        destination: int64 [R], flat position in the pages (page · s + offset), -1 for rows that are not kept.
+        destination: int64 [R], flat position in the pages (page · s + offset), -1 for rows that are not kept; None: no
+            row is.
         stale: rows [m] of sequences whose approximate cache this forward refreshes, and the index [m] of the
             sequence each belongs to; None where there are none.
     Attributes:
@@ -112,11 +152,13 @@ class PackedAttention:
         self,
         store: PageStore,
         groups: list[RowGroup],
-        destination: torch.Tensor,
+        destination: torch.Tensor | None,
         stale: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.store, self.groups, self.destination, self.stale = store, groups, destination, stale
-        self.drift = torch.zeros(int(stale[1].max()) + 1) if stale is not None else torch.zeros(0)
+        self.drift = torch.zeros(
+            int(stale[1].max()) + 1 if stale is not None else 0, device=store.keys.device
+        )
 
     def __call__(
         self,
@@ -129,29 +171,45 @@ class PackedAttention:
     ) -> torch.Tensor:
         """q [1, R, H, D], k and v [1, R, K, D] to [1, R, H, D]; final rows go into the pages, live ones never."""
         keys, values = self.store.keys[layer], self.store.values[layer]
-        old = keys.flatten(0, 1)[self.destination[self.stale[0]]] if self.stale is not None else None
+        old = None
+        if self.stale is not None and self.destination is not None:
+            old = keys.flatten(0, 1)[self.destination[self.stale[0]]]
         q = apply_rope(q, cos, sin)
         k = rope_and_write(k[0], v[0], cos[0, :, 0], sin[0, :, 0], self.destination, keys, values)
         if old is not None:
             self._add_drift(old, k)
-        out = torch.empty_like(q)
-        for group in self.groups:
-            shape = (len(group.prefix), group.num_rows)
-            rows = slice(group.first_row, group.first_row + shape[0] * shape[1])
-            out[0, rows] = block_attention(
-                q[0, rows].view(*shape, *q.shape[2:]),
-                k[rows].view(*shape, *k.shape[1:]),
-                v[0, rows].view(*shape, *k.shape[1:]),
-                keys,
-                values,
-                group.page_table,
-                group.prefix,
-                group.suffix_start,
-                group.suffix_end,
-                group.own_len,
-                group.own_block,
-            ).flatten(0, 1)
-        return out
+        parts = [self._attend(group, layer, q[0], k, v[0], keys, values) for group in self.groups]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def _attend(
+        self,
+        group: RowGroup,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        shape = (group.bounds.shape[1], group.num_rows)
+        rows = slice(group.first_row, group.first_row + shape[0] * shape[1])
+        prefix, suffix_start, suffix_end, own_len = group.bounds
+        out = block_attention(
+            q[rows].view(*shape, *q.shape[1:]),
+            k[rows].view(*shape, *k.shape[1:]),
+            v[rows].view(*shape, *v.shape[1:]),
+            keys,
+            values,
+            group.page_table,
+            prefix,
+            suffix_start,
+            suffix_end,
+            own_len,
+            group.own_block,
+            plan=group.plan,
+            layer=layer,
+        )
+        return out.flatten(0, 1)
 
     def _add_drift(self, old: torch.Tensor, k: torch.Tensor) -> None:
         assert self.stale is not None

@@ -7,14 +7,14 @@ rows, A rows that go through the head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fewstep.actors.engine.cache import PackedAttention, PageStore, RowGroup
+from fewstep.actors.engine.cache import PackedAttention, PageStore
+from fewstep.actors.engine.layout import Geometry, geometry_of, key_of
 from fewstep.actors.engine.request import MAX_STOP_IDS, Request, context_length
 from fewstep.actors.engine.scheduler import Overwritten, Sequence, Span
 from fewstep.kernels.confidence import (
@@ -32,17 +32,15 @@ from fewstep.kernels.model.transformer import Transformer
 
 _NEVER = 1 << 30
 
-IntArray = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class LiveBlocks:
-    """The live blocks of the sequences that decide in a forward.
+    """The live blocks of the sequences that decide in a forward, as they stand before it.
 
     Attributes:
-        sequences: m of them.
-        slots: int64 [m]; where: (slots [m, 1], positions [m, W]) into the canvases, a sink column behind a block's end.
-        block: the blocks as they stand; active: bool [m, W], what goes through the head.
+        sequences: m of them; slots: int64 [m].
+        where: (slots [m, 1], positions [m, W]) into the canvases.
+        block: their tokens and masks; active: bool [m, W], what goes through the head.
         active_rows: int64 [A], packed rows of the active positions, in row-major order of `active`.
     """
 
@@ -55,14 +53,10 @@ class LiveBlocks:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One forward: packed rows, int64 [1, R] tokens and positions, and the live blocks among them.
+class Forward:
+    """What the model is given: int64 [1, R] tokens and positions, who sees whom, and the live blocks among the rows."""
 
-    Attributes:
-        spans: in packed order.
-    """
-
-    spans: list[Span]
+    geometry: Geometry
     tokens: torch.Tensor
     positions: torch.Tensor
     attention: PackedAttention
@@ -92,6 +86,7 @@ class Canvases:
 
     def __init__(self, config: ModelConfig, num_slots: int, store: PageStore, device: torch.device) -> None:
         self.config, self.store, self.device = config, store, device
+        self._geometry: Geometry | None = None
         columns = context_length(config) + 1  # the last one is the sink
         self.tokens = torch.full((num_slots, columns), config.mask_token_id, device=device)
         self.step_map = torch.full((num_slots, columns), -1, dtype=torch.int16, device=device)
@@ -129,48 +124,33 @@ class Canvases:
             ends = (self.config.eos_token_id, *request.stop_ids)
             self.ends[slot, : len(ends)] = torch.tensor(ends)
 
-    def layout(self, spans: list[Span]) -> Layout:
-        """Rows of the next forward, sequences with equally many of them side by side."""
-        spans = sorted(spans, key=lambda span: (span.end - span.first, span.own_block))
-        sizes = np.array([span.end - span.first for span in spans])
-        starts = np.cumsum(sizes) - sizes
-        owner = np.repeat(np.arange(len(spans)), sizes)
-        first = np.array([span.first for span in spans])
-        positions = np.arange(len(owner)) + (first - starts)[owner]
-        slots = np.array([span.sequence.slot for span in spans])
-        rows, columns = self._tensor(slots[owner]), self._tensor(positions)
-        deciding = [index for index, span in enumerate(spans) if span.decides]
-        live = self._live([spans[index] for index in deciding], starts[deciding])
-        return Layout(
-            spans=spans,
-            tokens=self.tokens[rows, columns][None],
-            positions=columns[None],
-            attention=self._attention(spans, starts, owner, positions),
-            live=live,
+    def forward(self, spans: list[Span]) -> Forward:
+        """The next forward, from the spans and the canvases as they stand."""
+        geometry = self._geometry
+        if geometry is None or not geometry.reusable or geometry.key != key_of(spans):
+            geometry = geometry_of(spans, self.store, self.tokens.shape[1] - 1, self.device)
+            self._geometry = geometry
+        return Forward(
+            geometry,
+            self.tokens[geometry.slots, geometry.positions][None],
+            geometry.positions[None],
+            PackedAttention(self.store, geometry.groups, geometry.destination, geometry.stale),
+            self._live(geometry),
         )
 
-    def _live(self, deciding: list[Span], starts: IntArray) -> LiveBlocks:
-        """The live blocks of the deciding sequences, padded to the widest."""
-        sequences = [span.sequence for span in deciding]
-        live = np.array([sequence.live for sequence in sequences], np.int64)
-        width = np.array([sequence.live_end for sequence in sequences], np.int64) - live
-        offset = np.arange(int(width.max(initial=0)))
-        inside = offset < width[:, None]
-        positions = self._tensor(np.where(inside, live[:, None] + offset, self.tokens.shape[1] - 1))
-        first = np.array([span.first for span in deciding], np.int64)
-        rows = self._tensor((live - first + starts)[:, None] + offset)
-        slots = self._tensor(np.array([sequence.slot for sequence in sequences], np.int64))
+    def _live(self, geometry: Geometry) -> LiveBlocks:
+        slots, positions = geometry.live_slots, geometry.live_positions
         where = (slots[:, None], positions)
         tokens = self.tokens[where]
         generated = (positions >= self.start[slots, None]) & (positions < self.stop[slots, None])
-        if not inside.all():
-            generated &= self._tensor(inside)
+        if geometry.inside is not None:
+            generated &= geometry.inside
         masked = generated & (tokens == self.config.mask_token_id)
         ends, active = self.ends[slots], masked
-        if any(sequence.edits_block for sequence in sequences):
+        if any(sequence.edits_block for sequence in geometry.deciding):
             active = masked | self._editable(slots, tokens, generated, ends)
         block = CanvasBlock(tokens, masked, generated, ends, self.config.eos_token_id)
-        return LiveBlocks(sequences, slots, where, block, active, rows[active])
+        return LiveBlocks(geometry.deciding, slots, where, block, active, geometry.live_rows[active])
 
     def _editable(
         self, slots: torch.Tensor, tokens: torch.Tensor, generated: torch.Tensor, ends: torch.Tensor
@@ -180,45 +160,6 @@ class Canvases:
         behind = is_end.cumsum(-1) - is_end.long() > 0
         editable: torch.Tensor = generated & ~behind & self.edit_threshold[slots, None].isfinite()
         return editable
-
-    def _attention(
-        self, spans: list[Span], starts: IntArray, owner: IntArray, positions: IntArray
-    ) -> PackedAttention:
-        size = self.store.page_size
-        tables = [np.array(span.sequence.pages, np.int32) for span in spans]
-        page_table = np.zeros((len(spans), max(1, *map(len, tables))), np.int32)
-        for row, table in zip(page_table, tables, strict=True):
-            row[: len(table)] = table
-        keep = np.array([span.keep for span in spans])
-        kept = positions < keep[owner]
-        destination = np.full(len(owner), -1)
-        pages = page_table[owner[kept], positions[kept] // size].astype(np.int64)
-        destination[kept] = pages * size + positions[kept] % size
-        groups, index = [], 0
-        for (num_rows, own_block), members in groupby(
-            spans, key=lambda span: (span.end - span.first, span.own_block)
-        ):
-            group = list(members)
-            some = slice(index, index + len(group))
-            bounds = np.array([(s.prefix, s.suffix_start, s.suffix_end, num_rows) for s in group], np.int32)
-            groups.append(
-                RowGroup(
-                    int(starts[index]),
-                    num_rows,
-                    own_block,
-                    self._tensor(page_table[some]),
-                    *(self._tensor(np.ascontiguousarray(column)) for column in bounds.T),
-                )
-            )
-            index += len(group)
-        refreshing = [index for index, span in enumerate(spans) if span.refreshes]
-        stale = None
-        if refreshing:
-            number = np.full(len(spans), -1)
-            number[refreshing] = np.arange(len(refreshing))
-            rows = np.flatnonzero(number[owner] >= 0)
-            stale = (self._tensor(rows), self._tensor(number[owner[rows]]))
-        return PackedAttention(self.store, groups, self._tensor(destination), stale)
 
     def decide(self, live: LiveBlocks, hidden: torch.Tensor, model: Transformer) -> list[BlockReport]:
         """Choose and write tokens after a forward; reports in the order of `live.sequences`.

@@ -182,15 +182,15 @@ class Engine:
         spans = self._scheduler.plan()
         if not spans:
             return []
-        layout = self._canvases.layout(spans)
-        hidden = self.model(layout.tokens, layout.positions, layout.attention, layout.live.active_rows)[0]
-        live = layout.live
+        forward = self._canvases.forward(spans)
+        live, spans = forward.live, forward.geometry.spans
+        hidden = self.model(forward.tokens, forward.positions, forward.attention, live.active_rows)[0]
         reports = self._canvases.decide(live, hidden, self.model) if live.sequences else []
         self.forwards += 1
-        self.rows += layout.tokens.shape[1]
-        for span in layout.spans:
+        self.rows += forward.tokens.shape[1]
+        for span in spans:
             span.sequence.forwards += 1
-        self._note_drift(layout.attention.drift, [s.sequence for s in layout.spans if s.refreshes])
+        self._note_drift(forward.attention.drift, [span.sequence for span in spans if span.refreshes])
         updates = []
         for sequence, report in zip(live.sequences, reports, strict=True):
             live_end = sequence.live_end
