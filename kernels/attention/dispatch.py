@@ -54,6 +54,12 @@ def block_attention(
         ResourceError: fused was asked for where it cannot run.
     """
     chosen = implementation_for("block_attention", impl, q)
+    if chosen == "fused":
+        from fewstep.kernels.attention import fused
+
+        return fused.block_attention(
+            q, k, v, key_pages, value_pages, page_table, prefix, suffix_start, suffix_end, own_len, own_block
+        )
     if chosen == "reference" and impl is not None:
         return reference.block_attention(
             q, k, v, key_pages, value_pages, page_table, prefix, suffix_start, suffix_end, own_len, own_block

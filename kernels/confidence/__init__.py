@@ -1,5 +1,6 @@
 """Statistics of masked rows, and the rule that decides which of them are written."""
 
+from fewstep.kernels.confidence.dispatch import commit
 from fewstep.kernels.confidence.records import (
     NEVER,
     POLICY_KINDS,
@@ -10,7 +11,6 @@ from fewstep.kernels.confidence.records import (
 )
 from fewstep.kernels.confidence.reference import (
     RowStats,
-    commit,
     fill_after_eos,
     first_true,
     keyed_uniform,

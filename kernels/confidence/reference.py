@@ -109,7 +109,7 @@ def row_stats(
 
 
 def commit(canvas: CanvasBlock, candidates: Candidates, policy: PolicyTensors) -> Committed:
-    """Which masked positions are written now, which written ones are replaced, and what an end of sequence closes."""
+    """The rule in torch, for any device; see `fewstep.kernels.confidence.commit`."""
     masked = canvas.masked
     opened = _opened(masked, candidates, policy)
     edited = canvas.generated & ~masked & (candidates.token != canvas.tokens)

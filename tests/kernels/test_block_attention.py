@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,18 +12,34 @@ from tests.kernels.attention_cases import CASES, Case, exact, make
 
 from fewstep.kernels.attention import GatherPlan, block_attention
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IMPLEMENTATIONS = ["reference", "gathered"] + ["fused"] * HAS_TRITON
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton has no wheel for this system")
+
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("impl", ["reference", "gathered"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_it_is_the_softmax_over_what_is_visible(case: Case, impl: str) -> None:
     inputs = make(case)
     out = block_attention(*inputs.arguments(), impl=impl)
     torch.testing.assert_close(out.double().cpu(), exact(case, inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["reference", "gathered"])
-def test_bfloat16_is_rounded_once(impl: str) -> None:
-    case = Case("bf16", 8, (21, 40), own_block=4)
+@needs_triton
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("num_splits", [2, 7])
+def test_splits_are_joined_to_the_same(case: Case, num_splits: int) -> None:
+    from fewstep.kernels.attention import fused
+
+    inputs = make(case)
+    out = fused.block_attention(*inputs.arguments(), num_splits=num_splits)
+    torch.testing.assert_close(out.double().cpu(), exact(case, inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_bfloat16_sums_in_float32(impl: str, head_dim: int) -> None:
+    case = Case("bf16", 8, (21, 140), head_dim=head_dim, own_block=4)
     inputs = make(case, torch.bfloat16)
     out = block_attention(*inputs.arguments(), impl=impl)
     assert out.dtype == torch.bfloat16

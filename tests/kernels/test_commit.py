@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.device import DEVICE
 
 from fewstep.kernels.confidence import (
     NEVER,
@@ -24,6 +26,9 @@ from fewstep.kernels.confidence import (
 
 EOS, STOP = 1, 2
 KINDS = tuple(POLICY_KINDS)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IMPLEMENTATIONS = ["reference"] + ["fused"] * HAS_TRITON
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton has no wheel for this system")
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def blocks(draw: st.DrawFn, width: int) -> Block:
     )
 
 
-def batch_of(rows: list[Block], entropy: bool = True) -> tuple[CanvasBlock, Candidates, PolicyTensors]:
+def batch_of(rows: list[Block]) -> tuple[CanvasBlock, Candidates, PolicyTensors]:
     canvas = CanvasBlock(
         torch.tensor([row.tokens for row in rows]),
         torch.tensor([row.masked for row in rows]),
@@ -80,7 +85,7 @@ def batch_of(rows: list[Block], entropy: bool = True) -> tuple[CanvasBlock, Cand
     candidates = Candidates(
         torch.tensor([row.candidates for row in rows]),
         torch.tensor([row.confidence for row in rows]),
-        torch.tensor([row.entropy for row in rows]) if entropy else None,
+        torch.tensor([row.entropy for row in rows]),
     )
     policy = PolicyTensors(
         torch.tensor([POLICY_KINDS[row.kind] for row in rows], dtype=torch.int8),
@@ -89,7 +94,17 @@ def batch_of(rows: list[Block], entropy: bool = True) -> tuple[CanvasBlock, Cand
         torch.tensor([row.edit_threshold for row in rows]),
         torch.tensor([row.allow_edit for row in rows]),
     )
-    return canvas, candidates, policy
+    return on_device(canvas, candidates, policy)
+
+
+def on_device(
+    canvas: CanvasBlock, candidates: Candidates, policy: PolicyTensors
+) -> tuple[CanvasBlock, Candidates, PolicyTensors]:
+    return (
+        CanvasBlock(*(column.to(DEVICE) for column in canvas[:4]), canvas.eos_token_id),
+        Candidates(*(None if column is None else column.to(DEVICE) for column in candidates)),
+        PolicyTensors(*(column.to(DEVICE) for column in policy)),
+    )
 
 
 def expected_open(row: Block) -> set[int]:
@@ -136,21 +151,33 @@ def check_row(row: Block, done: Committed, n: int) -> None:
     assert done.first_mask[n].item() == min(set(left) - filled, default=width)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @settings(deadline=None)
 @given(rows=st.integers(1, 9).flatmap(lambda width: st.lists(blocks(width), min_size=1, max_size=4)))
-def test_commit_does_what_the_policies_say(rows: list[Block]) -> None:
-    done = commit(*batch_of(rows))
+def test_commit_does_what_the_policies_say(impl: str, rows: list[Block]) -> None:
+    done = commit(*batch_of(rows), impl=impl)
     for n, row in enumerate(rows):
         check_row(row, done, n)
 
 
-@settings(deadline=None)
-@given(rows=st.integers(1, 9).flatmap(lambda width: st.lists(blocks(width), min_size=1, max_size=4)))
-def test_without_an_entropy_policy_no_entropy_is_needed(rows: list[Block]) -> None:
-    rows = [row for row in rows if row.kind != "entropy_bound"] or rows[:0]
-    if rows:
-        with_entropy, without = commit(*batch_of(rows)), commit(*batch_of(rows, entropy=False))
-        assert all(torch.equal(*pair) for pair in zip(with_entropy, without, strict=True))
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_without_an_entropy_policy_no_entropy_is_needed(impl: str) -> None:
+    canvas, candidates, policy = random_batch(8, 8, seed=0)
+    by_confidence = (policy.kind != POLICY_KINDS["entropy_bound"]).nonzero()[:, 0]
+    canvas, candidates, policy = rows_of(by_confidence, canvas, candidates, policy)
+    expected = commit(canvas, candidates, policy, impl=impl)
+    done = commit(canvas, candidates._replace(entropy=None), policy, impl=impl)
+    assert all(torch.equal(*pair) for pair in zip(done, expected, strict=True))
+
+
+def rows_of(
+    rows: torch.Tensor, canvas: CanvasBlock, candidates: Candidates, policy: PolicyTensors
+) -> tuple[CanvasBlock, Candidates, PolicyTensors]:
+    return (
+        CanvasBlock(*(column[rows] for column in canvas[:4]), canvas.eos_token_id),
+        Candidates(*(None if column is None else column[rows] for column in candidates)),
+        PolicyTensors(*(column[rows] for column in policy)),
+    )
 
 
 def random_batch(num: int, width: int, seed: int) -> tuple[CanvasBlock, Candidates, PolicyTensors]:
@@ -164,15 +191,19 @@ def random_batch(num: int, width: int, seed: int) -> tuple[CanvasBlock, Candidat
         return torch.randint(high, shape, generator=generator)
 
     generated = uniform(num, width) < 0.9
-    ends = torch.tensor([[EOS, STOP, -1]]).repeat(num, 1)
     kind = torch.arange(num) % len(POLICY_KINDS)
-    number = torch.tensor([0.7, torch.nan, 0.8, 1.3])[kind]
-    return (
-        CanvasBlock(integers(50, num, width), generated & (uniform(num, width) < 0.6), generated, ends, EOS),
+    return on_device(
+        CanvasBlock(
+            integers(50, num, width),
+            generated & (uniform(num, width) < 0.6),
+            generated,
+            torch.tensor([[EOS, STOP, -1]]).repeat(num, 1),
+            EOS,
+        ),
         Candidates(integers(50, num, width), uniform(num, width), 3 * uniform(num, width) ** 4),
         PolicyTensors(
             kind.to(torch.int8),
-            number,
+            torch.tensor([0.7, torch.nan, 0.8, 1.3])[kind],
             1 + integers(3, num),
             torch.where(uniform(num) < 0.5, 0.8, torch.inf),
             uniform(num) < 0.7,
@@ -180,23 +211,46 @@ def random_batch(num: int, width: int, seed: int) -> tuple[CanvasBlock, Candidat
     )
 
 
+@needs_triton
+@pytest.mark.parametrize("width", [1, 5, 16, 33, 100, 256])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_fused_gives_the_bits_of_the_reference(width: int, entropy: bool) -> None:
+    canvas, candidates, policy = random_batch(16, width, seed=width)
+    candidates.confidence[8:] = (candidates.confidence[8:] * 4).round() / 4
+    candidates.confidence[3, 0] = candidates.entropy[2, 0] = candidates.entropy[6, -1] = torch.nan
+    if not entropy:
+        candidates = candidates._replace(entropy=None)
+        policy = policy._replace(kind=policy.kind % 2)
+    expected = commit(canvas, candidates, policy, impl="reference")
+    done = commit(canvas, candidates, policy, impl="fused")
+    for name, got, want in zip(Committed._fields, done, expected, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want), name
+
+
+@needs_triton
+def test_fused_takes_columns_of_wider_tensors() -> None:
+    canvas, candidates, policy = random_batch(6, 8, seed=1)
+    wide = [torch.stack((column, column), dim=-1)[..., 0] for column in candidates]
+    expected = commit(canvas, candidates, policy, impl="reference")
+    done = commit(canvas, Candidates(*wide), policy, impl="fused")
+    assert all(torch.equal(*pair) for pair in zip(done, expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("width", [1, 8, 33])
-def test_a_batch_is_its_singles(width: int) -> None:
-    canvas, candidates, policy = random_batch(12, width, seed=width)
-    together = commit(canvas, candidates, policy)
+def test_a_batch_is_its_singles(width: int, impl: str) -> None:
+    batch = random_batch(12, width, seed=width)
+    together = commit(*batch, impl=impl)
     for n in range(12):
-        one = slice(n, n + 1)
-        alone = commit(
-            CanvasBlock(*(column[one] for column in canvas[:4]), EOS),
-            Candidates(*(column[one] for column in candidates)),
-            PolicyTensors(*(column[one] for column in policy)),
-        )
-        for whole, single in zip(together, alone, strict=True):
+        one = torch.tensor([n], device=DEVICE)
+        for whole, single in zip(together, commit(*rows_of(one, *batch), impl=impl), strict=True):
             assert torch.equal(whole[one], single)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_that_are_none_open_last_and_only_to_make_progress(kind: str) -> None:
+def test_numbers_that_are_none_open_last_and_only_to_make_progress(kind: str, impl: str) -> None:
     nan = math.nan
     row = Block(
         tokens=[0] * 4,
@@ -212,7 +266,7 @@ def test_numbers_that_are_none_open_last_and_only_to_make_progress(kind: str) ->
         allow_edit=False,
         ends=[EOS],
     )
-    done = commit(*batch_of([row]))
+    done = commit(*batch_of([row]), impl=impl)
     assert done.opened.tolist() == [[True, True, False, True]]
 
 
