@@ -225,7 +225,7 @@ def _num_splits(programs: int, max_positions: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 1
-    wanted = triton.cdiv(2 * _num_processors(device), programs)
+    wanted = -(-2 * _num_processors(device) // programs)
     return max(1, min(wanted, max_positions // _SPLIT_POSITIONS, _MAX_SPLITS))
 
 

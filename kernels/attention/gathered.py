@@ -223,7 +223,7 @@ class GatherPlan:
             wanted = wanted[:, :most]
             return torch.cat((wanted, wanted[:, -1:].expand(-1, own_pages)), dim=1).flatten()
         column = torch.arange(most + own_pages)
-        count, first, page = self._numbers[4:, units, None]
+        count, first, page = self._numbers[4:, units, None].unbind()
         column = torch.minimum(column, (count - 1).clamp_(min=0))
         column = torch.where(column < first, column, column - first + page)
         # A unit without a page has no table entry that may be read.
@@ -232,7 +232,7 @@ class GatherPlan:
 
     def _cached(self, units: slice, most: int) -> torch.Tensor:
         """bool [n, C·s]: which gathered positions are visible."""
-        end, start, stop, _, count, first, page = self._numbers[:, units, None, None]
+        end, start, stop, _, count, first, page = self._numbers[:, units, None, None].unbind()
         column = torch.arange(most)[:, None]
         position = torch.where(column < first, column, column - first + page) * self.page_size
         position = position + torch.arange(self.page_size)
@@ -256,7 +256,7 @@ class GatherPlan:
 
 def _positions(flags: torch.Tensor, first: int, stride: int) -> torch.Tensor | None:
     """int64 positions first + i + n·stride of the true flags [n, i]; None without any."""
-    unit, position = flags.nonzero(as_tuple=True)
+    unit, position = flags.nonzero().unbind(1)
     return unit * stride + position + first if len(unit) else None
 
 

@@ -32,7 +32,11 @@ def apply_rope(
     chosen = implementation_for("apply_rope", impl, x)
     if chosen == "accumulated" or (impl is None and chosen == "reference" and _overwritable(x, cos)):
         return apply_rope_accumulated(x, cos, sin)
-    return reference.apply_rope(x, cos, sin)
+    if chosen == "reference":
+        return reference.apply_rope(x, cos, sin)
+    from fewstep.kernels.rope import fused
+
+    return fused.apply_rope(x, cos, sin)
 
 
 def rope_and_write(
@@ -59,6 +63,10 @@ def rope_and_write(
     Errors:
         ResourceError: fused was asked for where it cannot run.
     """
+    if implementation_for("rope_and_write", impl, k) == "fused":
+        from fewstep.kernels.rope import fused
+
+        return fused.rope_and_write(k, v, cos, sin, destination, key_pages, value_pages)
     k = apply_rope(k, cos[:, None], sin[:, None], impl)
     if destination is not None:
         reference.write(k, v, destination, key_pages, value_pages)

@@ -152,7 +152,7 @@ def check_row(row: Block, done: Committed, n: int) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(rows=st.integers(1, 9).flatmap(lambda width: st.lists(blocks(width), min_size=1, max_size=4)))
 def test_commit_does_what_the_policies_say(impl: str, rows: list[Block]) -> None:
     done = commit(*batch_of(rows), impl=impl)

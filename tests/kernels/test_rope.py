@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from tests.kernels.device import DEVICE
 
 from fewstep.kernels.rope import apply_rope, rope_and_write, rope_table
 
-IMPLEMENTATIONS = ["reference", "accumulated"]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IMPLEMENTATIONS = ["reference", "accumulated"] + ["fused"] * HAS_TRITON
 # rows, heads, head_dim, rotated pairs
 SHAPES = [(1, 1, 2, 1), (7, 3, 6, 3), (5, 4, 32, 16), (33, 2, 64, 8), (3, 5, 40, 15), (2, 1, 256, 128)]
 
@@ -50,7 +53,23 @@ def test_pairs_are_turned_and_the_rest_passes(
 
 def test_the_gradient_turns_back() -> None:
     x, (cos, sin) = normal(1, 3, 2, 12).double().requires_grad_(), angles(3, 4)
-    assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos[:, None].double(), sin[:, None].double()), x)
+    angle = (cos[:, None].double(), sin[:, None].double())
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x, *angle, impl="reference"), x)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton has no wheel for this system")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused_has_the_gradient_of_the_reference(shape: tuple[int, int, int, int]) -> None:
+    rows, heads, head_dim, pairs = shape
+    cos, sin = angles(rows, pairs)
+    x, upstream = normal(5, 2, rows, heads, head_dim).requires_grad_(), normal(6, 2, rows, heads, head_dim)
+    # One table for both sequences, and a gradient that is not contiguous.
+    upstream = upstream.transpose(0, 1).contiguous().transpose(0, 1)
+    got, expected = (
+        torch.autograd.grad(apply_rope(x, cos[None, :, None], sin[None, :, None], impl=impl), x, upstream)[0]
+        for impl in ("fused", "reference")
+    )
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("destinations", [[], [-1] * 5, [0, -1, 7, 30, -1], [31, 3, 2, 1, 0]], ids=str)
