@@ -23,6 +23,20 @@ _MAX_SPLITS = 32
 
 
 @triton.jit
+def _share_of_split(num_cached, KEYS: tl.constexpr):
+    """First and last of the cached positions of this split: whole tiles, dealt out evenly."""
+    share = tl.cdiv(tl.cdiv(num_cached, KEYS), tl.num_programs(2)) * KEYS
+    first = tl.program_id(2) * share
+    return first, tl.minimum(first + share, num_cached)
+
+
+@triton.jit
+def _normalised(acc, total, real):
+    """acc [M, D] / total [M] of real rows; 0 for padding rows, whose sum may be 0."""
+    return tl.where(real[:, None], acc / tl.where(real, total, 1.0)[:, None], 0.0)
+
+
+@triton.jit
 def _absorb(acc, top, total, query, key_at, value_at, shown, seen, inside, scale, PRECISION: tl.constexpr):
     """One tile of N' keys and values into the running softmax: acc [M, D], top and total [M].
 
@@ -44,41 +58,17 @@ def _absorb(acc, top, total, query, key_at, value_at, shown, seen, inside, scale
 
 @triton.jit
 def block_attention_kernel(
-    q,
-    k,
-    v,
-    key_pages,
-    value_pages,
-    page_table,
-    prefix,
-    suffix_start,
-    suffix_end,
-    own_len,
-    out,
-    partial,
-    partial_top,
-    partial_total,
-    num_rows,
-    own_block,
-    max_pages,
-    scale,
-    PAGE: tl.constexpr,
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, key_pages, value_pages, page_table, prefix, suffix_start, suffix_end, own_len,
+    out, partial, partial_top, partial_total, num_rows, own_block, max_pages, scale,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Grid (N·K, tiles of ROWS of the G·r query rows, S); split 0 also takes the own rows.
 
     Writes out [N, r, H, D]; if SPLIT, the unnormalised partial [S, N, r, H, D], its maximum and its sum [S, N, r, H].
     """
     unit = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     kv_head = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(2)
     own = tl.load(own_len + unit)
     # Query rows in the order (row, head of the group), in which they lie in memory.
     packed = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -88,87 +78,52 @@ def block_attention_kernel(
     row_at = (unit * num_rows + row) * (KV_HEADS * GROUP) + kv_head * GROUP + packed % GROUP
     at = row_at[:, None] * HEAD + width[None, :]
     query = tl.load(q + at, mask=(row < own)[:, None] & inside[None, :], other=0.0)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
 
     # Cached positions are counted through, the suffix behind the prefix; this split has those from first to last.
     end = tl.load(prefix + unit)
     start = tl.maximum(tl.load(suffix_start + unit), end)
-    num_cached = end + tl.maximum(tl.load(suffix_end + unit) - start, 0)
-    share = tl.cdiv(tl.cdiv(num_cached, KEYS), tl.num_programs(2)) * KEYS
-    last = tl.minimum((split + 1) * share, num_cached)
-    for tile in range(split * share, last, KEYS):
-        counted = tile + column
-        shown = counted < last
-        position = tl.where(counted < end, counted, counted - end + start)
+    first, last = _share_of_split(end + tl.maximum(tl.load(suffix_end + unit) - start, 0), KEYS)
+    for tile in range(first, last, KEYS):
+        shown = tile + column < last
+        position = tile + column + tl.where(tile + column < end, 0, start - end)
         page = tl.load(page_table + unit * max_pages + position // PAGE, mask=shown, other=0)
         key_at = ((page.to(tl.int64) * PAGE + position % PAGE) * KV_HEADS + kv_head) * HEAD
         acc, top, total = _absorb(
-            acc,
-            top,
-            total,
-            query,
-            key_pages + key_at[None, :] + width[:, None],
-            value_pages + key_at[:, None] + width[None, :],
-            shown,
-            shown[None, :],
-            inside,
-            scale,
-            PRECISION,
-        )
+            acc, top, total, query, key_pages + key_at[None, :] + width[:, None],
+            value_pages + key_at[:, None] + width[None, :], shown, shown[None, :], inside, scale, PRECISION,
+        )  # fmt: skip
 
-    if split == 0:
+    if tl.program_id(2) == 0:
         # Rows of this tile see own rows up to the end of the block of its last one.
         final = (tl.program_id(1) * ROWS + ROWS - 1) // GROUP
         seen_end = tl.minimum(own, (final // own_block + 1) * own_block)
-        block = row // own_block
         for tile in range(0, seen_end, KEYS):
-            other = tile + column
-            shown = other < seen_end
-            key_at = ((unit * num_rows + other) * KV_HEADS + kv_head) * HEAD
+            shown = tile + column < seen_end
+            seen = shown[None, :] & (((tile + column) // own_block)[None, :] <= (row // own_block)[:, None])
+            key_at = ((unit * num_rows + tile + column) * KV_HEADS + kv_head) * HEAD
             acc, top, total = _absorb(
-                acc,
-                top,
-                total,
-                query,
-                k + key_at[None, :] + width[:, None],
-                v + key_at[:, None] + width[None, :],
-                shown,
-                shown[None, :] & ((other // own_block)[None, :] <= block[:, None]),
-                inside,
-                scale,
-                PRECISION,
-            )
+                acc, top, total, query, k + key_at[None, :] + width[:, None],
+                v + key_at[:, None] + width[None, :], shown, seen, inside, scale, PRECISION,
+            )  # fmt: skip
 
     stored = row < num_rows
+    whole = stored[:, None] & inside[None, :]
     if SPLIT:
-        row_at += split * tl.num_programs(0).to(tl.int64) * GROUP * num_rows
+        row_at += tl.program_id(2) * tl.num_programs(0).to(tl.int64) * GROUP * num_rows
         tl.store(partial_top + row_at, top, mask=stored)
         tl.store(partial_total + row_at, total, mask=stored)
-        at = row_at[:, None] * HEAD + width[None, :]
-        tl.store(partial + at, acc, mask=stored[:, None] & inside[None, :])
+        tl.store(partial + row_at[:, None] * HEAD + width[None, :], acc, mask=whole)
     else:
-        # Padding rows, whose sum may be anything, are 0.
-        result = tl.where((row < own)[:, None], acc / tl.where(row < own, total, 1.0)[:, None], 0.0)
-        tl.store(out + at, result.to(out.dtype.element_ty), mask=stored[:, None] & inside[None, :])
+        tl.store(out + at, _normalised(acc, total, row < own).to(out.dtype.element_ty), mask=whole)
 
 
 @triton.jit
 def join_splits_kernel(
-    partial,
-    partial_top,
-    partial_total,
-    own_len,
-    out,
-    num_splits,
-    num_outputs,
-    num_rows,
-    HEADS: tl.constexpr,
-    HEAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    partial, partial_top, partial_total, own_len, out, num_splits, num_outputs, num_rows,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """out of the splits' partial results: one program an output row of D numbers, [N·r·H] of them."""
     which = tl.program_id(0).to(tl.int64)
     split, width = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
@@ -256,54 +211,28 @@ def block_attention(
     grid = (num_units * num_kv_heads, triton.cdiv(group * num_rows, tile["ROWS"]))
     if num_splits is None:
         num_splits = _num_splits(grid[0] * grid[1], page_table.shape[1] * page_size, q.device)
-    shape = (num_splits, num_units, num_rows, num_heads) if num_splits > 1 else (0,)
-    partial_top = torch.empty(shape, dtype=torch.float32, device=q.device)
-    partial_total = torch.empty_like(partial_top)
-    partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
+    partial = _partial_results(num_splits, q)
     block_attention_kernel[(*grid, num_splits)](
-        q,
-        k,
-        v,
-        key_pages,
-        value_pages,
-        page_table,
-        prefix,
-        suffix_start,
-        suffix_end,
-        own_len,
-        out,
-        partial,
-        partial_top,
-        partial_total,
-        num_rows,
-        min(own_block, num_rows),
-        page_table.shape[1],
-        _LOG2_E * head_dim**-0.5,
-        PAGE=page_size,
-        GROUP=group,
-        KV_HEADS=num_kv_heads,
-        HEAD=head_dim,
-        SPLIT=num_splits > 1,
-        **tile,
-    )
+        q, k, v, key_pages, value_pages, page_table, prefix, suffix_start, suffix_end, own_len, out, *partial,
+        num_rows, min(own_block, num_rows), page_table.shape[1], _LOG2_E * head_dim**-0.5,
+        PAGE=page_size, GROUP=group, KV_HEADS=num_kv_heads, HEAD=head_dim, SPLIT=num_splits > 1, **tile,
+    )  # fmt: skip
     if num_splits > 1:
         num_outputs = num_units * num_rows * num_heads
         join_splits_kernel[(num_outputs,)](
-            partial,
-            partial_top,
-            partial_total,
-            own_len,
-            out,
-            num_splits,
-            num_outputs,
-            num_rows,
-            HEADS=num_heads,
-            HEAD=head_dim,
-            WIDTH=tile["WIDTH"],
-            SPLITS=triton.next_power_of_2(num_splits),
+            *partial, own_len, out, num_splits, num_outputs, num_rows,
+            HEADS=num_heads, HEAD=head_dim, WIDTH=tile["WIDTH"], SPLITS=triton.next_power_of_2(num_splits),
             num_warps=1 if head_dim <= 128 else 2,
-        )
+        )  # fmt: skip
     return out
+
+
+def _partial_results(num_splits: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for partial [S, N, r, H, D], its maximum and its sum [S, N, r, H]; empty for one split."""
+    shape = (num_splits, *q.shape[:-1]) if num_splits > 1 else (0,)
+    top = torch.empty(shape, dtype=torch.float32, device=q.device)
+    partial = torch.empty((*shape, q.shape[-1]), dtype=torch.float32, device=q.device)
+    return partial, top, torch.empty_like(top)
 
 
 def _builds() -> list[Build]:

@@ -48,31 +48,10 @@ def _keys(confidence, entropy, masked, at, inside, by_entropy, ENTROPY: tl.const
 
 @triton.jit
 def commit_kernel(
-    tokens,
-    masked,
-    generated,
-    ends,
-    candidate,
-    confidence,
-    entropy,
-    kind,
-    number,
-    at_least,
-    edit_threshold,
-    allow_edit,
-    out,
-    opened,
-    edited,
-    filled,
-    first_mask,
-    first_end,
-    num_ends,
-    eos_token_id,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
+    tokens, masked, generated, ends, candidate, confidence, entropy, kind, number, at_least,
+    edit_threshold, allow_edit, out, opened, edited, filled, first_mask, first_end, num_ends, eos_token_id,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
     """Grid (N,): every output of `Committed` for one sequence; flags are bytes."""
     sequence = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, COLUMNS)
@@ -142,32 +121,13 @@ def commit(canvas: CanvasBlock, candidates: Candidates, policy: PolicyTensors) -
     opened, edited, filled = flags.view(torch.uint8)
     if num_sequences:
         commit_kernel[(num_sequences,)](
-            tokens,
-            masked,
-            generated,
-            ends,
-            candidates.token.contiguous(),
-            confidence,
-            confidence if entropy is None else entropy.contiguous(),
-            policy.kind.contiguous(),
-            policy.number.contiguous(),
-            policy.at_least.contiguous(),
-            policy.edit_threshold.contiguous(),
-            allow_edit,
-            out,
-            opened,
-            edited,
-            filled,
-            firsts[0],
-            firsts[1],
-            ends.shape[1],
-            canvas.eos_token_id,
-            WIDTH=width,
-            COLUMNS=triton.next_power_of_2(width),
-            CHUNK=_CHUNK,
-            ENTROPY=entropy is not None,
+            tokens, masked, generated, ends, candidates.token.contiguous(), confidence,
+            confidence if entropy is None else entropy.contiguous(), policy.kind.contiguous(),
+            policy.number.contiguous(), policy.at_least.contiguous(), policy.edit_threshold.contiguous(),
+            allow_edit, out, opened, edited, filled, firsts[0], firsts[1], ends.shape[1], canvas.eos_token_id,
+            WIDTH=width, COLUMNS=triton.next_power_of_2(width), CHUNK=_CHUNK, ENTROPY=entropy is not None,
             num_warps=1 if width <= 64 else 4,
-        )
+        )  # fmt: skip
     return Committed(out, *flags, *firsts)
 
 

@@ -20,25 +20,10 @@ _TILE = 2048
 
 @triton.jit
 def rope_kernel(
-    x,
-    cos,
-    sin,
-    out,
-    v,
-    destination,
-    key_pages,
-    value_pages,
-    num_vectors,
-    turn,
-    HEADS: tl.constexpr,
-    HEAD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WRITE: tl.constexpr,
-):
+    x, cos, sin, out, v, destination, key_pages, value_pages, num_vectors, turn,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr, VECTORS: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
     """out = x [R, H, D] turned by turn · angle (1 or -1); if WRITE, x's rows with a destination go to pages, and v's."""
     vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
     real = vector < num_vectors
