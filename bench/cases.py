@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Case:
         tolerance: of fused against reference, largest difference over largest magnitude of each output. Outputs that
             are whole numbers or flags must agree in all but `mismatches` of their elements: two candidates that differ by
             less than rounding may fall either way.
-        compiled: whether torch.compile takes `eager`; False for what it cannot trace.
+        compiled: whether torch.compile of `eager` is timed as well. Compiling takes seconds, so one shape an op is enough.
     """
 
     op: str
@@ -47,7 +47,7 @@ class Case:
     eager: Callable[[Inputs], Outputs] | None = None
     tolerance: float = 2**-6
     mismatches: float = 0.0
-    compiled: bool = True
+    compiled: bool = False
 
     def rival(self, inputs: Inputs) -> Outputs:
         """Plain torch's answer."""
@@ -74,14 +74,7 @@ class Case:
         return None
 
 
-@dataclass
-class Registry:
-    """Every case there is."""
-
-    cases: list[Case] = field(default_factory=list)
-
-    @classmethod
-    def load(cls, smoke: bool) -> Registry:
-        """The cases of every `cases_*.py` in this folder."""
-        names = sorted(path.stem for path in Path(__file__).parent.glob("cases_*.py"))
-        return cls([case for name in names for case in importlib.import_module(name).cases(smoke)])
+def load_cases(smoke: bool) -> list[Case]:
+    """The cases of every `cases_*.py` in this folder."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("cases_*.py"))
+    return [case for name in names for case in importlib.import_module(name).cases(smoke)]
