@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import aclosing
 
 import pytest
-from tests.actors.engine.plain_loop import VERSION, build_model, build_tokenizer, draw_request, engine_of
+from tests.actors.engine.reference.models import VERSION, build_model, build_tokenizer, engine_of
+from tests.actors.engine.reference.requests import draw_request
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.host import EngineHost, _Reader
@@ -21,7 +22,7 @@ from fewstep.platform.records import DecodePolicy, WeightVersion
 
 ONE_BY_ONE = DecodePolicy(kind="static", tokens_per_step=1)
 # Five forwards fill its first block and so yield an update; sixty bring it to its end.
-LONG = Request("long", (4, 5, 6), ONE_BY_ONE, max_tokens=60)
+LONG = Request("long", (4, 5, 6), ONE_BY_ONE, max_tokens=60, ignore_eos=True)
 
 
 class SteppedEngine(Engine):
