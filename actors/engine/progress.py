@@ -35,20 +35,23 @@ def advance(sequence: Sequence, report: BlockReport, block_size: int) -> Outcome
     sequence.block_step += 1
     size, left = sequence.live_end - sequence.live, sequence.end - sequence.live
     counted = min(report.first_end, left)
-    full = report.first_mask >= size
+    # A forward's blocks are padded to the widest of them, where there is nothing to write.
+    first_mask = min(report.first_mask, size)
+    full = first_mask == size
     if sequence.edits_block:
         block_done = full and _settled(sequence, report)
         written = size if block_done else 0
+        finished = block_done and size >= counted
     else:
-        block_done, written = full, report.first_mask
-    finished = written >= counted
+        block_done, written = full, first_mask
+        finished = written >= counted
     outcome = Outcome(
-        report.failed, finished, report.first_end < left, sequence.live + min(written, counted, size)
+        report.failed, finished, report.first_end < left, sequence.live + min(written, counted)
     )
     if block_done and not finished:
         sequence.ids += report.tokens[:size]
         sequence.live = sequence.live_end
-        sequence.live_end = min(sequence.live + block_size, sequence.window)
+        sequence.live_end = min(sequence.live + block_size, sequence.bound)
         sequence.block_step = sequence.edit_step = 0
         sequence.full = sequence.refreshed = False
     return outcome

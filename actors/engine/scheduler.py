@@ -64,6 +64,12 @@ class Sequence:
     drifts: list[float] = field(default_factory=list)
 
     @property
+    def bound(self) -> int:
+        """Where live blocks end at the latest: before the suffix of a bidirectional model's window, which has whole
+        blocks only by chance; far away for a block-causal model, whose blocks are whole."""
+        return self.window - len(self.request.suffix_ids)
+
+    @property
     def edits_block(self) -> bool:
         """Whether written tokens may still change."""
         return self.request.policy.edit_threshold is not None
