@@ -11,7 +11,7 @@ import dataclasses
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.actors.engine.reference.compare import (
     assert_equal,
@@ -28,7 +28,7 @@ from fewstep.actors.engine.request import Request, Update
 from fewstep.platform.records import DecodePolicy
 
 KINDS = ("block_causal", "bidirectional")
-MANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 def draw_settings(rng: random.Random, kind: str) -> dict[str, object]:
@@ -47,7 +47,7 @@ def draw_settings(rng: random.Random, kind: str) -> dict[str, object]:
 def draw_relatives(rng: random.Random, requests: list[Request], kind: str) -> list[Request]:
     """The requests, and copies that share a prompt, or a part of one, under another policy."""
     family = list(requests)
-    for number in range(rng.randint(0, 4)):
+    for number in range(rng.randint(0, 3)):
         origin = rng.choice(requests)
         keep = rng.choice([len(origin.prompt_ids), rng.randint(0, len(origin.prompt_ids))])
         prompt = (*origin.prompt_ids[:keep], *draw_prompt(rng, len(origin.prompt_ids) - keep))
@@ -62,12 +62,13 @@ def draw_relatives(rng: random.Random, requests: list[Request], kind: str) -> li
 
 @pytest.mark.parametrize("kind", KINDS)
 @MANY
-@given(rng=st.randoms(use_true_random=False))
+@given(seed=st.integers(0, 10**6))
 def test_results_do_not_depend_on_company_arrival_chunks_cache_or_memory(
-    kind: str, rng: random.Random
+    kind: str, seed: int
 ) -> None:
+    rng = random.Random(seed)
     settings_ = draw_settings(rng, kind)
-    requests = draw_relatives(rng, draw_decisive(rng, rng.randint(1, 6), kind), kind)
+    requests = draw_relatives(rng, draw_decisive(rng, rng.randint(1, 5), kind), kind)
     engine = engine_of(kind=kind, **settings_)
     updates: dict[str, list[Update]] = {}
     for request in requests:
@@ -83,10 +84,10 @@ def test_results_do_not_depend_on_company_arrival_chunks_cache_or_memory(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_n_equals_n_singles_in_any_order(kind: str) -> None:
     rng = random.Random(5)
-    requests = draw_decisive(rng, 40, kind)
+    requests = draw_decisive(rng, 30, kind)
     alone = engine_of(kind=kind, prefix_cache=False)
     singles = {request.request_id: alone.generate([request])[0] for request in requests}
-    for slots in (3, 40):
+    for slots in (3, 30):
         rng.shuffle(requests)
         together = engine_of(max_sequences=slots, kind=kind).generate(requests)
         for request, trajectory in zip(requests, together, strict=True):

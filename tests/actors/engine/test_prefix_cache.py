@@ -58,13 +58,11 @@ def test_a_hit_equals_a_miss_around_a_block_boundary(blocks: int, length: int, s
     second = (*first[:common], *(token % (len(WORDS) - 1) + 1 for token in first[common:size]))
     engine = engine_of()
     engine.generate([request_of("first", first)])
-    before, rows = engine.stats(), engine.rows
+    hits_before, rows = engine.stats()["prefix_hits"], engine.rows
     request = request_of("second", second)
     assert_same(engine.generate([request])[0], expected(request))
     hits = min(common, size) // BLOCK
-    after = engine.stats()
-    assert after["prefix_hits"] - before["prefix_hits"] == hits
-    assert after["prefix_misses"] - before["prefix_misses"] == size // BLOCK - hits
+    assert engine.stats()["prefix_hits"] - hits_before == hits
     cold = engine_of(prefix_cache=False)
     assert_same(cold.generate([request])[0], expected(request))
     assert cold.stats()["prefix_hits"] == cold.stats()["pages_cached"] == 0
@@ -213,7 +211,7 @@ def test_a_page_that_held_poison_harms_no_one_after_it() -> None:
     broken["layers.0.self_attn.v_proj.weight"] *= torch.nan
     requests = [
         Request(str(size), draw_prompt(random.Random(size), size), POLICY, max_tokens=9)
-        for size in (25, 3, 17, 25, 40)
+        for size in (25, 3, 17, 26, 40)
     ]
     engine.load_weights(broken, VERSION)
     assert all(updates[-1].error for updates in run(engine, requests).values())

@@ -11,7 +11,7 @@ import dataclasses
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.actors.engine.reference.compare import assert_equal, assert_same, result, run
 from tests.actors.engine.reference.models import BLOCK, CONTEXT, WORDS, engine_of, reference_model, token_bytes
@@ -19,7 +19,7 @@ from tests.actors.engine.reference.requests import draw_decisive, expected
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request, Update
-from fewstep.platform.records import DecodePolicy
+from fewstep.platform.records import DecodePolicy, Trajectory
 
 KINDS = ("block_causal", "bidirectional")
 
@@ -36,6 +36,12 @@ def draw_stops(rng: random.Random, request: Request, kind: str) -> Request:
     return dataclasses.replace(request, stop=tuple(dict.fromkeys(stops)))
 
 
+def assert_text_of(engine: Engine, trajectory: Trajectory, request: Request, kind: str) -> None:
+    # A trajectory does not know which other tokens ended it, or that the end of sequence was a token like others.
+    if not request.stop_ids and not request.ignore_eos:
+        assert engine.text_of(trajectory, request.stop) == expected(request, kind).text
+
+
 def assert_adds_up(updates: list[Update], request: Request, kind: str, engine: Engine) -> None:
     """The stream of one request is its text and its count, said once each."""
     plain = expected(request, kind)
@@ -43,16 +49,17 @@ def assert_adds_up(updates: list[Update], request: Request, kind: str, engine: E
     assert trajectory is not None
     assert [update.last for update in updates] == [False] * (len(updates) - 1) + [True]
     assert "".join(update.text for update in updates) == plain.text
-    assert engine.text_of(trajectory, request.stop) == plain.text
+    assert_text_of(engine, trajectory, request, kind)
     assert sum(update.num_new_tokens for update in updates) == trajectory.num_tokens == plain.num_tokens
     assert all(update.num_new_tokens >= 0 for update in updates)
     assert all(update.text or update.num_new_tokens or update.last for update in updates)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(rng=st.randoms(use_true_random=False))
-def test_the_stream_adds_up_to_the_text(kind: str, rng: random.Random) -> None:
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6))
+def test_the_stream_adds_up_to_the_text(kind: str, seed: int) -> None:
+    rng = random.Random(seed)
     requests = draw_decisive(rng, 4, kind)
     requests += [
         dataclasses.replace(draw_stops(rng, request, kind), request_id=f"{request.request_id} stops")
@@ -85,7 +92,7 @@ def test_streamed_and_whole_are_one_trajectory(kind: str) -> None:
     inside = stopped = 0
     for trajectory, request in zip(whole.generate(requests), requests, strict=True):
         assert_equal(result(updates, request), trajectory)
-        assert whole.text_of(trajectory, request.stop) == expected(request, kind).text
+        assert_text_of(whole, trajectory, request, kind)
         words = "".join(WORDS[token] for token in trajectory.completion_ids if token > 2)
         inside += words != expected(request, kind).text
         stopped += trajectory.finish_reason == "stop" and trajectory.completion_ids[-1:].tolist() != [1]

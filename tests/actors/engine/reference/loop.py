@@ -21,8 +21,8 @@ from tests.actors.engine.reference.policy import Candidate, candidate, opens
 from tests.actors.engine.reference.text import certain_stop, final_text, tokens_before
 
 # A decision closer than this to falling the other way may do so where arithmetic rounds differently: float32
-# log-probabilities of these models agree to some 1e-6 between batch shapes.
-ROUNDING = 1e-5
+# log-probabilities of these models agree to some 1e-6 between batch shapes, and to 2.3e-5 in the worst of 1,000 requests.
+ROUNDING = 3e-5
 
 
 @dataclass
