@@ -25,6 +25,9 @@ GROUP = 16
 # Tokens of a part: what a sampling row projects twice. 32 rows of d = 4,096 draw for 8 MiB of weights read again,
 # beside 1 GiB for V = 126,464.
 PART = 32
+# The finishing program takes 512 tiles, or parts of tiles, at a time, four a thread; its draw multiplies 128 numbers of a
+# row with those of the 32 tokens of a part, 32 products a thread.
+_FINISH = {"BLOCK": 512, "DEPTH": 128}
 
 
 @triton.jit
@@ -307,8 +310,8 @@ def projection_tile(num_rows: int, width: int, dtype: torch.dtype) -> dict[str, 
     128 tokens of 64 bf16 numbers are 16 KiB a stage; four stages and two programs a multiprocessor keep 128 KiB of
     weights on the way, several times what 3 TB/s and 1 µs of latency ask of one multiprocessor (25 KiB).
     """
-    rows = min(128, max(16, triton.next_power_of_2(num_rows)))
     wide = dtype.itemsize > 2
+    rows = min(64 if wide else 128, max(16, triton.next_power_of_2(num_rows)))
     depth = 32 if wide else 64
     return {
         "ROWS": rows,
@@ -397,61 +400,64 @@ def head_confidence(
         num_tiles,
         TOKENS=tile["TOKENS"],
         PART=PART,
-        BLOCK=_FINISH_BLOCK,
-        DEPTH=_DRAW_DEPTH,
         ENTROPY=entropy,
         SAMPLE=sample,
         num_warps=4,
+        **_FINISH,
     )
     return stats
 
 
-# Tiles, or parts of tiles, that the finishing program takes at a time: four a thread.
-_FINISH_BLOCK = 512
-# Numbers of a row that the draw multiplies at a time: 32 tokens by 128 are 32 products a thread.
-_DRAW_DEPTH = 128
-
-
 def _builds() -> list[Build]:
-    outputs = {"best": "*fp32:16", "token": "*i32:16", "total": "*fp32:16"}
-    inputs = {"hidden": "*bf16:16", "rows": "*i64:16", "weight": "*bf16:16"}
+    partial = {"best": "*fp32:16", "token": "*i32:16", "total": "*fp32:16"}
     scalars = {"vocabulary": "i32:16", "width": "i32:16", "mask_token": "i32", "num_tiles": "i32"}
+    counts = {"num_rows": "i32", "num_row_tiles": "i32"}
     results = {"out_token": "*i64:16", "out_confidence": "*fp32:16", "out_logprob": "*fp32:16"}
-    builds = []
-    for entropy, sample in ((False, False), (True, False), (True, True)):
-        present = ({"moment": "*fp32:16", "out_entropy": "*fp32:16"} if entropy else {}) | (
-            {"tempered": "*fp32:16", "temperature": "*fp32:16", "uniform": "*fp64:16"} if sample else {}
-        )
-        optional = ("moment", "out_entropy", "tempered", "temperature", "uniform")
-        absent = dict.fromkeys(name for name in optional if name not in present)
-        constants = {"PART": PART, "ENTROPY": entropy, "SAMPLE": sample}
-        kind = " ".join(word for word, on in (("entropy", entropy), ("draw", sample)) if on) or "greedy"
-
-        def only(kernel: Any, names: dict[str, Any]) -> dict[str, Any]:
-            return {name: value for name, value in names.items() if name in kernel.arg_names}
-
-        for num_rows in (32, 128):
-            tile = projection_tile(num_rows, 4096, torch.bfloat16)
-            warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-            signature = inputs | outputs | scalars | {"num_rows": "i32", "num_row_tiles": "i32"}
+    of_entropy = {"moment": "*fp32:16", "out_entropy": "*fp32:16"}
+    of_draw = {"tempered": "*fp32:16", "temperature": "*fp32:16", "uniform": "*fp64:16"}
+    builds: list[Build] = []
+    for dtype, num_rows, entropy, sample in (
+        (torch.bfloat16, 32, False, False),
+        (torch.bfloat16, 32, True, True),
+        (torch.bfloat16, 512, False, False),
+        (torch.bfloat16, 512, True, True),
+        (torch.float32, 512, True, True),
+    ):
+        kind, name = ("*fp32:16", "fp32") if dtype == torch.float32 else ("*bf16:16", "bf16")
+        tile = projection_tile(num_rows, 4096, dtype)
+        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+        signature = partial | scalars | {"hidden": kind, "weight": kind, "rows": "*i64:16"}
+        absent: dict[str, None] = {}
+        for wanted, arguments in ((entropy, of_entropy), (sample, of_draw)):
+            signature |= arguments if wanted else {}
+            absent |= {} if wanted else dict.fromkeys(arguments)
+        flags = {"PART": PART, "ENTROPY": entropy, "SAMPLE": sample} | absent
+        what = f"{name} {'entropy draw' if sample else 'greedy'}"
+        for title, kernel, types, constants, num_warps, num_stages in (
+            (
+                f"partial {what} rows={num_rows}",
+                head_partial_kernel,
+                counts,
+                tile | {"GROUP": GROUP},
+                warps,
+                stages,
+            ),
+            (f"finish {what}", head_finish_kernel, results, _FINISH | {"TOKENS": tile["TOKENS"]}, 4, 2),
+        ):
+            if title in {build.name for build in builds}:
+                continue
+            known = kernel.arg_names
+            every = signature | types
             builds.append(
                 Build(
-                    f"partial {kind} rows={num_rows}",
-                    head_partial_kernel,
-                    signature | only(head_partial_kernel, present),
-                    tile | constants | {"GROUP": GROUP} | only(head_partial_kernel, absent),
-                    warps,
-                    stages,
+                    title,
+                    kernel,
+                    {argument: every[argument] for argument in known if argument in every},
+                    {argument: value for argument, value in (flags | constants).items() if argument in known},
+                    num_warps,
+                    num_stages,
                 )
             )
-        builds.append(
-            Build(
-                f"finish {kind}",
-                head_finish_kernel,
-                inputs | outputs | scalars | results | present,
-                constants | {"TOKENS": 128, "BLOCK": _FINISH_BLOCK, "DEPTH": _DRAW_DEPTH} | absent,
-            )
-        )
     return builds
 
 

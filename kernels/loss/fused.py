@@ -209,7 +209,10 @@ class _LinearLogprob(torch.autograd.Function):
         if grad_logprob is None:
             grad_logprob = torch.zeros_like(normaliser)
         grad_logprob = grad_logprob.contiguous()
-        grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+        if grad_entropy is None:
+            entropy = None
+        else:
+            grad_entropy = grad_entropy.contiguous()
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         chunk = max(1, ctx.max_elements // max(1, num_rows))
@@ -258,27 +261,26 @@ def linear_logprob(
 
 
 def _builds() -> list[Build]:
-    signature = {
-        **dict.fromkeys(("hidden", "weight", "grad_logits"), "*bf16:16"),
+    types = {
         "targets": "*i64:16",
         **dict.fromkeys(("best", "total", "moment", "chosen", "normaliser", "entropy"), "*fp32:16"),
         **dict.fromkeys(("grad_logprob", "grad_entropy"), "*fp32:16"),
         **dict.fromkeys(("num_rows", "vocabulary", "width", "first_token", "last_token"), "i32:16"),
         **dict.fromkeys(("mask_token", "num_row_tiles", "num_tiles", "num_splits", "tiles_of_split"), "i32"),
     }
-    tile = _tile(4096, 4096, torch.bfloat16)
-    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     builds = []
-    for name, kernel, constants in (
-        ("forward", logprob_forward_kernel, {}),
-        ("gradient", logprob_gradient_kernel, {"ENTROPY": False, "grad_entropy": None}),
-        ("gradient entropy", logprob_gradient_kernel, {"ENTROPY": True}),
-    ):
-        constexprs = tile | {"GROUP": GROUP} | constants
-        arguments = [name for name in kernel.arg_names if name not in constexprs]
-        builds.append(
-            Build(name, kernel, {name: signature[name] for name in arguments}, constexprs, warps, stages)
-        )
+    for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        signature = types | dict.fromkeys(("hidden", "weight", "grad_logits"), f"*{kind}:16")
+        tile = _tile(4096, 4096, dtype)
+        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+        for title, kernel, constants in (
+            ("forward", logprob_forward_kernel, {}),
+            ("gradient", logprob_gradient_kernel, {"ENTROPY": False, "entropy": None, "grad_entropy": None}),
+            ("gradient entropy", logprob_gradient_kernel, {"ENTROPY": True}),
+        ):
+            constexprs = tile | {"GROUP": GROUP} | constants
+            arguments = {name: signature[name] for name in kernel.arg_names if name not in constexprs}
+            builds.append(Build(f"{title} {kind}", kernel, arguments, constexprs, warps, stages))
     return builds
 
 

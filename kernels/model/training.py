@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fewstep.kernels.attention import attend, visibility
-from fewstep.kernels.loss import target_logprobs
+from fewstep.kernels.loss import holds_logits, linear_logprob, target_logprobs
 from fewstep.kernels.model.config import Precision
 from fewstep.kernels.model.rotary import rotate
 from fewstep.kernels.model.transformer import Attention, Transformer
@@ -58,6 +58,8 @@ class TrainingModel(nn.Module):
         self.precision = precision
         # 32 samples of 190 rows, 0.86 M parameters, one core with AMX: eager fp32 600 ms, compiled bf16 275 ms.
         self._run = torch.compile(self._logprobs, dynamic=True) if compiled else self._logprobs
+        # A vocabulary cut into chunks is a loop that a compiler would unroll, so it stays outside.
+        self._hidden = torch.compile(self._target_hidden, dynamic=True) if compiled else self._target_hidden
 
     def forward(
         self,
@@ -69,7 +71,28 @@ class TrainingModel(nn.Module):
         block_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         visible = visibility(positions, copies, block_size)
-        return self._run(tokens, positions, visible, target_rows, targets)  # type: ignore[no-any-return]
+        weight = self.transformer.head_weight
+        if weight.is_cpu and holds_logits(len(targets), len(weight)):
+            return self._run(tokens, positions, visible, target_rows, targets)  # type: ignore[no-any-return]
+        hidden = self._hidden(tokens, positions, visible, target_rows)
+        kind = torch.bfloat16 if self.precision == "bf16" else hidden.dtype
+        return linear_logprob(
+            hidden.to(kind),
+            weight.to(kind),
+            targets,
+            mask_token_id=self.transformer.config.mask_token_id,
+        )
+
+    def _target_hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+        target_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        with self._autocast():
+            hidden = self.transformer(tokens, positions, _float32_attention(visible))
+        return hidden.flatten(0, 1)[target_rows]  # type: ignore[no-any-return]
 
     def _logprobs(
         self,
@@ -79,10 +102,13 @@ class TrainingModel(nn.Module):
         target_rows: torch.Tensor,
         targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            hidden = self.transformer(tokens, positions, _float32_attention(visible))
-            logits = self.transformer.logits(hidden.flatten(0, 1)[target_rows])
+        hidden = self._target_hidden(tokens, positions, visible, target_rows)
+        with self._autocast():
+            logits = self.transformer.logits(hidden)
         return target_logprobs(logits, targets)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def _float32_attention(visible: torch.Tensor) -> Attention:

@@ -23,3 +23,22 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def repair_bfloat16_products() -> None:
+    """Make the interpreter's `tl.dot` multiply bfloat16 numbers; it multiplies the integers it keeps them in.
+
+    Products of bfloat16 numbers are exact in float32, where tensor cores add them up, so converting first is the same.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    broken = InterpreterBuilder.create_dot
+
+    def create_dot(
+        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: object
+    ) -> TensorHandle:
+        a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return broken(self, a, b, d, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
