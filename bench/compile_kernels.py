@@ -27,6 +27,9 @@ RESULTS = Path(__file__).resolve().parent / "results" / "kernels-aot.json"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="builds compiled at a time"
+    )
     arguments = parser.parse_args()
 
     print(
@@ -34,7 +37,7 @@ def main() -> int:
         f"{'shared B':>8} {'cubin B':>8}"
     )
     rows, complaints = [], []
-    for row in compile_all():
+    for row in compile_all(num_processes=arguments.processes):
         rows.append(row)
         complaint = row.complaint()
         if complaint:

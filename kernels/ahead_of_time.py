@@ -10,11 +10,13 @@ builds to compile in `BUILDS` (see `launch.Build`).
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +141,26 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return usage
 
 
-def compile_all(capabilities: tuple[int, ...] = tuple(SHARED_BYTES)) -> Iterator[Compiled]:
-    """Every build of every fused module for each capability, one after another."""
-    for op, module in fused_modules().items():
+def compile_all(
+    capabilities: tuple[int, ...] = tuple(SHARED_BYTES), num_processes: int = 1
+) -> Iterator[Compiled]:
+    """Every build of every fused module for each capability, in that order, `num_processes` at a time."""
+    modules = fused_modules()
+    for op, module in modules.items():
         if missing := kernels_without_a_build(module):
             raise LookupError(f"kernels/{op}/fused.py: no entry in BUILDS for {', '.join(missing)}")
-        for build in module.BUILDS:
-            for capability in capabilities:
-                yield compile_build(op, build, capability)
+    jobs = [
+        (op, index, capability)
+        for op, module in modules.items()
+        for index in range(len(module.BUILDS))
+        for capability in capabilities
+    ]
+    # Processes, because Triton's compiler holds the interpreter lock; spawned, because a fork would share LLVM's state.
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_compile_job, jobs)
+
+
+def _compile_job(job: tuple[str, int, int]) -> Compiled:
+    op, index, capability = job
+    module = importlib.import_module(f"fewstep.kernels.{op}.fused")
+    return compile_build(op, module.BUILDS[index], capability)

@@ -16,7 +16,7 @@ def masked_logits(
     if mask_token_id is not None:
         scores[:, mask_token_id] = -torch.inf
     # A confidence of bfloat16 logits summed in bfloat16 would be good to two digits.
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores if scores.dtype.itemsize >= 4 else scores.float()
 
 
 def head_confidence(
@@ -32,6 +32,9 @@ def head_confidence(
 ) -> RowStats:
     """See `fewstep.kernels.head.head_confidence`; `hidden` is final-normed."""
     size = max(1, max_elements // len(weight))
+    if len(rows) <= size:
+        logits = masked_logits(hidden, rows, weight, mask_token_id)
+        return row_stats(logits, temperature, top_p, uniform, entropy)
     parts = [
         row_stats(
             masked_logits(hidden, rows[i : i + size], weight, mask_token_id),
@@ -40,10 +43,8 @@ def head_confidence(
             None if uniform is None else uniform[i : i + size],
             entropy,
         )
-        for i in range(0, max(1, len(rows)), size)
+        for i in range(0, len(rows), size)
     ]
-    if len(parts) == 1:
-        return parts[0]
     token, confidence, logprob, entropies = zip(*parts, strict=True)
     return RowStats(
         torch.cat(token), torch.cat(confidence), torch.cat(logprob), torch.cat(entropies) if entropy else None

@@ -71,17 +71,13 @@ class TrainingModel(nn.Module):
         block_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         visible = visibility(positions, copies, block_size)
-        weight = self.transformer.head_weight
-        if weight.is_cpu and holds_logits(len(targets), len(weight)):
+        config = self.transformer.config
+        if tokens.is_cpu and holds_logits(len(targets), config.vocab_size):
             return self._run(tokens, positions, visible, target_rows, targets)  # type: ignore[no-any-return]
         hidden = self._hidden(tokens, positions, visible, target_rows)
         kind = torch.bfloat16 if self.precision == "bf16" else hidden.dtype
-        return linear_logprob(
-            hidden.to(kind),
-            weight.to(kind),
-            targets,
-            mask_token_id=self.transformer.config.mask_token_id,
-        )
+        weight = self.transformer.head_weight.to(kind)
+        return linear_logprob(hidden.to(kind), weight, targets, mask_token_id=config.mask_token_id)
 
     def _target_hidden(
         self,

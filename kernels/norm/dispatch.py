@@ -11,10 +11,10 @@ from fewstep.kernels.norm import reference
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, impl: Implementation | None = None
 ) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32 and rounded once to x's type; differentiable.
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32 and rounded once; differentiable.
 
     Args:
-        x: [..., d]; weight: [d].
+        x: [..., d]; weight: [d]. Of two types the result has the wider one.
         impl: None = fused for CUDA tensors, else reference.
     Errors:
         ResourceError: fused was asked for where it cannot run.

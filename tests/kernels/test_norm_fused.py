@@ -41,6 +41,17 @@ def test_fused_is_the_equation_and_its_gradient(shape: tuple[int, ...], dtype: t
         torch.testing.assert_close(actual.double(), expected, **tolerance)
 
 
+def test_a_float32_weight_makes_a_float32_result_of_bfloat16() -> None:
+    x, weight, grad = inputs((5, 40), torch.bfloat16)
+    weight = weight.detach().float().requires_grad_()
+    out = rms_norm(x, weight, EPS, impl="fused")
+    got = [out, *torch.autograd.grad(out, (x, weight), grad.float())]
+    assert [tensor.dtype for tensor in got] == [torch.float32, torch.bfloat16, torch.float32]
+    assert rms_norm(x, weight, EPS, impl="reference").dtype == torch.float32
+    for actual, expected in zip(got, exact(x, weight, grad), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=2**-7, atol=1e-5)
+
+
 def test_a_row_of_zeros_gives_zeros_and_a_finite_gradient() -> None:
     x = torch.zeros(2, 9, device=DEVICE, requires_grad=True)
     out = rms_norm(x, torch.ones(9, device=DEVICE), EPS, impl="fused")
