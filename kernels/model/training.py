@@ -9,7 +9,7 @@ from torch import nn
 
 from fewstep.kernels.attention import attend, visibility
 from fewstep.kernels.loss import holds_logits, linear_logprob, target_logprobs
-from fewstep.kernels.model.config import Precision
+from fewstep.kernels.model.config import NO_TOKEN, Precision
 from fewstep.kernels.model.rotary import rotate
 from fewstep.kernels.model.transformer import Attention, Transformer
 from fewstep.kernels.rows import NO_TARGET, RowBatch
@@ -77,7 +77,8 @@ class TrainingModel(nn.Module):
         hidden = self._hidden(tokens, positions, visible, target_rows)
         kind = torch.bfloat16 if self.precision == "bf16" else hidden.dtype
         weight = self.transformer.head_weight.to(kind)
-        return linear_logprob(hidden.to(kind), weight, targets, mask_token_id=config.mask_token_id)
+        mask = None if config.mask_token_id == NO_TOKEN else config.mask_token_id
+        return linear_logprob(hidden.to(kind), weight, targets, mask_token_id=mask)
 
     def _target_hidden(
         self,

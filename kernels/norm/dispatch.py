@@ -14,7 +14,7 @@ def rms_norm(
     """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32 and rounded once; differentiable.
 
     Args:
-        x: [..., d]; weight: [d]. Of two types the result has the wider one.
+        x: [..., d]; weight: [d]. The result has x's type.
         impl: None = fused for CUDA tensors, else reference.
     Errors:
         ResourceError: fused was asked for where it cannot run.

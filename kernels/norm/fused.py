@@ -104,7 +104,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         num_columns = x.shape[-1]
         num_rows = x.numel() // num_columns
-        out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+        out = torch.empty_like(x)
         inverse = torch.empty(num_rows, dtype=torch.float32, device=x.device)
         tile = _tile(num_columns)
         if num_rows:
