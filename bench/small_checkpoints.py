@@ -102,6 +102,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "head_dim": 16,
         "block_size": 4,
+        "fuse_cross_entropy": True,
         "sliding_window": None,
         "use_sliding_window": False,
         **_TOKENS,
