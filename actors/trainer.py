@@ -60,13 +60,14 @@ class TrainerRank:
         options: Mapping[str, Any],
     ) -> None:
         torch.set_num_threads(1)
-        self._settings, self._block_size = settings, config.block_size
+        self._settings, self._config = settings, config
         self._objective: Objective = resolve("objective", objective, {})(**options)
         if isinstance(initial, int):
             transformer = Transformer(config)
             transformer.initialise(initial)
         else:
-            transformer, _ = load_model(initial)
+            transformer, _ = load_model(initial, torch.float32)
+        transformer.gradient_checkpointing = settings.gradient_checkpointing
         self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled)
         self._ema = (
             {n: p.detach().clone() for n, p in transformer.state_dict().items()}
@@ -120,17 +121,21 @@ class TrainerRank:
         Returns:
             the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (of all ranks together, before clipping), `rows`, `targets`.
         """
+        if self._config.logit_shift and any((s.targets[s.positions == 0] >= 0).any() for s in samples):
+            raise ValueError("position 0 is a target, and in a model with shifted logits no row predicts it")
         engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
         totals: Metrics = {"loss": 0.0, "rows": 0.0, "targets": 0.0}
+        if self._config.attention_kind == "bidirectional":
+            samples = [sample.states_only() for sample in samples]
         batches = list(_micro_batches(samples, self._settings.micro_rows))
         for index, batch in enumerate(batches):
             engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             rows = RowTensors.of(batch)
             logprob, entropy = engine(
                 rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
-                block_size or self._block_size,
+                block_size or self._config.sees_block,
             )  # fmt: skip
             loss, metrics = self._objective.loss(logprob, entropy, rows)
             # Gradients are averaged over ranks, weights are normalised over all of them: undo the division.

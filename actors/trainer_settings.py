@@ -21,6 +21,8 @@ class TrainerSettings(Config):
     """bf16 = matrix products in bfloat16 over float32 weights."""
     compiled: bool = False
     """torch.compile the forward and backward; costs about 45 s once, then a step takes half."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input only and run the layer again in the backward pass: a third more time, far less memory."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)

@@ -47,6 +47,14 @@ class SampleRows:
             extras={name: np.zeros(size, np.float32) for name in extra_names},
         )
 
+    def states_only(self) -> SampleRows:
+        """Without copy 0: in a bidirectional model no state sees it, and every state holds the whole sequence."""
+        kept = self.copies != 0
+        return SampleRows(
+            self.tokens[kept], self.positions[kept], self.copies[kept], self.targets[kept], self.weights[kept],
+            {name: values[kept] for name, values in self.extras.items()},
+        )  # fmt: skip
+
     def add_state(
         self,
         tokens: NDArray[np.int64],

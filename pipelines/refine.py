@@ -209,7 +209,7 @@ def training_rows(
     for credit in credits:
         rollout = credit.rollout
         rows = clean_rows(rollout.trajectory)
-        terms = Terms(model.block_size, model.mask_token_id, credit.weight / total, credit.advantage)
+        terms = Terms(model.sees_block, model.mask_token_id, credit.weight / total, credit.advantage)
         draws = generator("estimator", config.seed, step, rollout.group_id, rollout.sample)
         cost = estimator.add_states(rows, rollout.trajectory, terms, draws)
         if cost:

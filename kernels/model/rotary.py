@@ -7,7 +7,7 @@ import math
 import torch
 
 from fewstep.kernels.model.config import ModelConfig, RopeScaling
-from fewstep.kernels.rope import apply_rope, rope_table
+from fewstep.kernels.rope import rope_table
 
 
 def rotary_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,21 +17,6 @@ def rotary_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     frequency, scale = scaled_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
     angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float64), frequency)
     return (angle.cos() * scale).float(), (angle.sin() * scale).float()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` on a head's first dimensions, as many as the tables are made for; the rest passes.
-
-    Args:
-        x: [N, R, heads, head_dim]; cos, sin: [N, R, 1, rotary_dim / 2].
-    Returns:
-        [N, R, heads, head_dim] in the wider of the two types.
-    """
-    dim = 2 * cos.shape[-1]
-    if dim == x.shape[-1]:
-        return apply_rope(x, cos, sin)
-    rotated = apply_rope(x[..., :dim], cos, sin)
-    return torch.cat((rotated, x[..., dim:].to(rotated.dtype)), dim=-1)
 
 
 def scaled_frequencies(dim: int, theta: float, scaling: RopeScaling) -> tuple[torch.Tensor, float]:

@@ -10,8 +10,8 @@ from torch import nn
 from fewstep.kernels.attention import attend, visibility
 from fewstep.kernels.loss import holds_logits, linear_logprob, target_logprobs
 from fewstep.kernels.model.config import NO_TOKEN, Precision
-from fewstep.kernels.model.rotary import rotate
 from fewstep.kernels.model.transformer import Attention, Transformer
+from fewstep.kernels.rope import apply_rope
 from fewstep.kernels.rows import NO_TARGET, RowBatch
 
 
@@ -70,8 +70,11 @@ class TrainingModel(nn.Module):
         targets: torch.Tensor,
         block_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments as in `RowTensors`; `block_size` as for `visibility` (`ModelConfig.sees_block` unless warming up)."""
         visible = visibility(positions, copies, block_size)
         config = self.transformer.config
+        if config.logit_shift:
+            target_rows = rows_before(positions, copies, target_rows, block_size)
         if tokens.is_cpu and holds_logits(len(targets), config.vocab_size):
             return self._run(tokens, positions, visible, target_rows, targets)  # type: ignore[no-any-return]
         hidden = self._hidden(tokens, positions, visible, target_rows)
@@ -108,6 +111,30 @@ class TrainingModel(nn.Module):
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
 
 
+def rows_before(
+    positions: torch.Tensor, copies: torch.Tensor, target_rows: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """The rows that predict the targets of a model with shifted logits: those one position to the left.
+
+    Inside a block that is the neighbour in the same copy. The first token of a block is predicted by the clean last row
+    of the block before, which is what decoding does: that block is finished by then. Position 0 has no such row and
+    must not be a target.
+
+    Args:
+        positions, copies: int64 [N, R], clean rows first and in order (see `SampleRows`); target_rows: int64 [m], into
+            the flattened rows.
+    Returns:
+        int64 [m], into the flattened rows.
+    """
+    flat_position, flat_copy = positions.flatten(), copies.flatten()
+    left = target_rows - 1
+    wanted = flat_position[target_rows] - 1
+    same_copy = (flat_copy[left] == flat_copy[target_rows]) & (flat_position[left] == wanted)
+    same_block = wanted // block_size == (wanted + 1) // block_size
+    clean = target_rows // positions.shape[1] * positions.shape[1] + wanted
+    return torch.where(same_copy & same_block, left, clean)
+
+
 def _float32_attention(visible: torch.Tensor) -> Attention:
     """Masked attention in float32 whatever the autocast: the CPU's bf16 flash kernel with a mask took 60 ms where
     float32 took 20 ms (32 sequences of 190 rows, 4 heads of 32, one core)."""
@@ -115,8 +142,8 @@ def _float32_attention(visible: torch.Tensor) -> Attention:
     def attention(
         _layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), visible)
+            q, k = apply_rope(q.float(), cos, sin), apply_rope(k.float(), cos, sin)
+            return attend(q, k, v.float(), visible)
 
     return attention

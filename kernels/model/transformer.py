@@ -12,14 +12,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fewstep.kernels.attention import attend
 from fewstep.kernels.head import pack_head
 from fewstep.kernels.linear import PackedWeight, Projection
 from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
 from fewstep.kernels.model.feed_forward import MLP, MixtureOfExperts
-from fewstep.kernels.model.rotary import rotary_table, rotate
+from fewstep.kernels.model.rotary import rotary_table
 from fewstep.kernels.norm import rms_norm
+from fewstep.kernels.rope import apply_rope
 
 # (layer index, q [N,R,H,D], k [N,R,K,D], v [N,R,K,D], cos, sin float32 [N,R,1,D'/2]) -> [N,R,H,D], D' the rotated
 # dimensions. Queries and keys come before their rotation, so that rotating keys and storing them can be one pass.
@@ -111,11 +113,15 @@ class Transformer(nn.Module):
     """A pre-norm decoder stack of any family; who sees whom is the attention callback's rule.
 
     Built under `torch.device("meta")` only the rotary tables take memory; `load_model` then assigns the weights.
+
+    Attributes:
+        gradient_checkpointing: keep each layer's input only and run the layer again in the backward pass.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # Normalising the embedding (with q/k norms) trained 1.5-2.4x faster in probes of the embedded model's size.
         self.embed_norm = _optional_norm(config.embedding_norm, config.hidden_size, config)
@@ -150,7 +156,11 @@ class Transformer(nn.Module):
         sin = self.rope_sin[positions][:, :, None]  # type: ignore[index]
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, index, attention, rows if index == last else None)
+            wanted = rows if index == last else None
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, index, attention, wanted, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, index, attention, wanted)
         return self.norm(x)  # type: ignore[no-any-return]
 
     @property
@@ -195,8 +205,6 @@ def masked_attention(visible: torch.Tensor) -> Attention:
     def attention(
         _layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        # The tables are float32: rotating in their precision and rounding once is closer than rounding them first.
-        q, k = rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype)
-        return attend(q, k, v, visible)
+        return attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, visible)
 
     return attention
