@@ -128,7 +128,9 @@ class Canvases:
         """The next forward, from the spans and the canvases as they stand."""
         geometry = self._geometry
         if geometry is None or not geometry.reusable or geometry.key != key_of(spans):
-            geometry = geometry_of(spans, self.store, self.tokens.shape[1] - 1, self.device)
+            geometry = geometry_of(
+                spans, self.store, self.tokens.shape[1] - 1, int(self.config.logit_shift), self.device
+            )
             self._geometry = geometry
         return Forward(
             geometry,

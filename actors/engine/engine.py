@@ -12,7 +12,7 @@ from fewstep.actors.engine.canvas import Canvases
 from fewstep.actors.engine.pages import PagePool
 from fewstep.actors.engine.progress import Outcome, advance
 from fewstep.actors.engine.record import record
-from fewstep.actors.engine.request import Request, Update, check_pages
+from fewstep.actors.engine.request import Request, Update, check_model, check_pages
 from fewstep.actors.engine.scheduler import Scheduler
 from fewstep.actors.engine.scheduler import Sequence as Running
 from fewstep.actors.engine.text import TextStream, decode, find_stop
@@ -39,6 +39,9 @@ class Engine:
             by a forward of their own (same tokens, more forwards).
         max_rows: rows of a prompt that a request computes in one forward; None = all.
 
+    Raises:
+        CheckpointError: a model that is not denoised block by block or as a whole.
+
     Attributes:
         forwards, rows: forwards run and rows they had; committed_tokens: tokens of ended requests that count.
     """
@@ -55,6 +58,7 @@ class Engine:
         merged_commit: bool = True,
         max_rows: int | None = None,
     ) -> None:
+        check_model(model.config)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         self.model.pack()
         self.weight_version = weight_version

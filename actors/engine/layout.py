@@ -34,7 +34,8 @@ class Geometry:
         destination: int64 [R], flat position in the pages (page · s + offset), -1 for rows that are not kept; None = none.
         stale: rows that replace those of an approximate cache, and the index of the sequence each belongs to.
         deciding: sequences with a live block in this forward.
-        live_slots: int64 [m]; live_positions: int64 [m, W], a sink column behind a block's end; live_rows: int64 [m, W].
+        live_slots: int64 [m]; live_positions: int64 [m, W], a sink column behind a block's end; live_rows: int64 [m, W], the
+            packed rows that predict them.
         inside: bool [m, W], not behind a block's end; None = all are.
     """
 
@@ -64,11 +65,12 @@ def key_of(spans: list[Span]) -> tuple[Any, ...]:
     )
 
 
-def geometry_of(spans: list[Span], store: PageStore, sink: int, device: torch.device) -> Geometry:
+def geometry_of(spans: list[Span], store: PageStore, sink: int, shift: int, device: torch.device) -> Geometry:
     """Lay out a forward; sequences with equally many rows, and among them with equally long a past, side by side.
 
     Args:
         sink: the column of the canvases that nobody reads.
+        shift: how many rows before a position the row stands that predicts it (1 where logits are shifted).
     """
     key = key_of(spans)
     spans = sorted(spans, key=lambda span: (span.end - span.first, span.own_block, span.prefix))
@@ -89,7 +91,7 @@ def geometry_of(spans: list[Span], store: PageStore, sink: int, device: torch.de
     width = np.array([sequence.live_end for sequence in sequences], np.int64) - live
     offset = np.arange(int(width.max(initial=0)))
     inside = offset < width[:, None]
-    rows = (live - first[deciding] + starts[deciding])[:, None] + offset
+    rows = (live - first[deciding] + starts[deciding] - shift)[:, None] + offset
     kept = positions < np.array([span.keep for span in spans])[owner]
     return Geometry(
         key=key,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.platform.errors import RequestError
+from fewstep.platform.errors import CheckpointError, RequestError
 from fewstep.platform.records import DecodePolicy, Trajectory
 
 MAX_STOP_IDS = 8
@@ -105,6 +105,13 @@ def _check_policy(request: Request, config: ModelConfig) -> None:
                 "one that shares a block with the last mask: a block-causal model never looks at later blocks",
                 "change max_tokens, or use a bidirectional model",
             )
+    elif config.logit_shift and policy.cache in ("prefix", "dual"):
+        raise RequestError(
+            "cache",
+            policy.cache,
+            "exact or none: this model's logits are shifted, a block's first needs the row before the block",
+            "leave cache out",
+        )
     elif size > context_length(config):
         raise RequestError("block_size", size, f"at most {context_length(config)}", "use smaller blocks")
     num_steps = -(-request.max_tokens // size + 1) * (size + policy.max_edit_steps)
@@ -114,6 +121,24 @@ def _check_policy(request: Request, config: ModelConfig) -> None:
             f"{request.max_tokens}, up to {num_steps} steps",
             f"at most {MAX_STEPS} steps, as many as a step map can number",
             "ask for fewer tokens",
+        )
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise a CheckpointError for a model that this engine cannot denoise.
+
+    A shifted head predicts a position from the row before it. Of a bidirectional model's whole window that row is always
+    in the forward; of a block's first position it is not.
+    """
+    if config.attention_kind == "causal" or (config.attention_kind == "block_causal" and config.logit_shift):
+        kind = (
+            "an autoregressive model" if config.attention_kind == "causal" else "blocks with shifted logits"
+        )
+        raise CheckpointError(
+            "attention_kind",
+            kind,
+            "block diffusion without a shift, or a bidirectional model",
+            "convert the checkpoint, or train it with `fewstep pretrain`",
         )
 
 
