@@ -24,12 +24,15 @@ class Command:
         config: `module:Class`, a subclass of `Config`; imports no torch, Ray or MLflow.
         run: `module:function`, called with one instance of that class.
         ray: the job needs Ray. One is started for it and ends with it, unless it is told to join another.
+        operand: key that a bare word on the command line sets, such as `PATH` of `fewstep inspect PATH`; "" = a bare
+            word is the configuration file.
     """
 
     summary: str
     config: str
     run: str
     ray: bool = False
+    operand: str = ""
 
     def config_class(self) -> type[Config]:
         """The configuration class, imported now."""
@@ -90,6 +93,12 @@ COMMANDS: dict[str, Command] = {
         "continue one prompt and, if asked, show how the canvas was denoised",
         "fewstep.cluster.generate:GenerateConfig",
         "fewstep.cluster.generate:run",
+    ),
+    "inspect": Command(
+        "say what a model folder holds: family, sizes, memory, what will run it",
+        "fewstep.cluster.inspection:InspectConfig",
+        "fewstep.cluster.inspection:run",
+        operand="model",
     ),
 }
 

@@ -155,12 +155,12 @@ def watch(endpoint: ServedEndpoint) -> None:
 def _check_model(folder: Path) -> None:
     """Everything a replica would stumble over: files, tokenizer, weights, chat template."""
     from fewstep.actors.serving.chat import ChatTemplate
-    from fewstep.kernels.model.checkpoint import load_state, load_tokenizer
+    from fewstep.kernels.model.checkpoint import check_weights, load_tokenizer
     from fewstep.kernels.model.config import ModelConfig
 
     config = ModelConfig.load(folder)
     load_tokenizer(folder, config)
-    load_state(folder, config)
+    check_weights(folder, config)
     ChatTemplate(folder)
 
 

@@ -110,8 +110,15 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
             option, "an unknown option", f"see `fewstep {name} --help`", "check its spelling" + hint
         )
     files = [arguments.config] if arguments.config else []
-    files += [item for item in arguments.items if "=" not in item]
+    bare = [item for item in arguments.items if "=" not in item]
     overrides = [item for item in arguments.items if "=" in item] + arguments.overrides
+    if command.operand:
+        words = [item for item in bare if not item.endswith((".yaml", ".yml"))]
+        if len(words) > 1:
+            raise ConfigError(command.operand, " and ".join(words), "one of them", "run the command for each")
+        overrides += [f"{command.operand}={json.dumps(word, ensure_ascii=False)}" for word in words]
+        bare = [item for item in bare if item not in words]
+    files += bare
     if len(files) > 1:
         raise ConfigError("command line", " and ".join(files), "one configuration file", "name one of them")
     config = load_config(config_class, Path(files[0]) if files else None, overrides)
@@ -128,7 +135,7 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
 def _parser(name: str, command: Command, keys: list[ConfigKey]) -> _Parser:
     parser = _Parser(
         prog=f"fewstep {name}",
-        usage=_USAGE.replace("COMMAND", name),
+        usage=_USAGE.replace("COMMAND", f"{name} [{command.operand.upper()}]" if command.operand else name),
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog="Every key can be given in the file, as key=value (the value is YAML), or as --key value; the last form wins.",
         allow_abbrev=False,

@@ -81,13 +81,24 @@ def load_state(
     files = ShardedTensors(folder)
     pieces = _checked_pieces(files, config)
     state: dict[str, torch.Tensor] = {}
-    shapes = _own_shapes(config)
+    shapes = own_shapes(config)
     for name, tensor in files.read():
         kept = dtype is None or pieces[name][0].target.endswith(ROUTER_BIAS)
         converted = tensor if kept else tensor.to(dtype)
         for piece in pieces[name]:
             _place(state, piece, converted, shapes[piece.target], files.where)
     return state
+
+
+def check_weights(folder: Path, config: ModelConfig) -> ShardedTensors:
+    """The headers of a folder's weights, names and shapes checked; no tensor is read.
+
+    Raises:
+        CheckpointError: as `load_state`.
+    """
+    files = ShardedTensors(folder)
+    _checked_pieces(files, config)
+    return files
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
@@ -142,7 +153,8 @@ def save_model(
         ) from error
 
 
-def _own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model, without its memory."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
 
@@ -170,7 +182,7 @@ def _checked_pieces(files: ShardedTensors, config: ModelConfig) -> dict[str, lis
             "the tensors of config.json",
             "re-export the model",
         )
-    shapes = _own_shapes(config)
+    shapes = own_shapes(config)
     for name, parts in pieces.items():
         expected, got = _source_shape(parts, shapes), files.entries[name].shape
         if got != expected:
