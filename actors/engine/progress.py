@@ -45,9 +45,7 @@ def advance(sequence: Sequence, report: BlockReport, block_size: int) -> Outcome
     else:
         block_done, written = full, first_mask
         finished = written >= counted
-    outcome = Outcome(
-        report.failed, finished, report.first_end < left, sequence.live + min(written, counted)
-    )
+    outcome = Outcome(report.failed, finished, report.first_end < left, sequence.live + min(written, counted))
     if block_done and not finished:
         sequence.ids += report.tokens[:size]
         sequence.live = sequence.live_end

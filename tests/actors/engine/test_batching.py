@@ -63,9 +63,7 @@ def draw_relatives(rng: random.Random, requests: list[Request], kind: str) -> li
 @pytest.mark.parametrize("kind", KINDS)
 @MANY
 @given(seed=st.integers(0, 10**6))
-def test_results_do_not_depend_on_company_arrival_chunks_cache_or_memory(
-    kind: str, seed: int
-) -> None:
+def test_results_do_not_depend_on_company_arrival_chunks_cache_or_memory(kind: str, seed: int) -> None:
     rng = random.Random(seed)
     settings_ = draw_settings(rng, kind)
     requests = draw_relatives(rng, draw_decisive(rng, rng.randint(1, 5), kind), kind)

@@ -64,7 +64,9 @@ def test_the_comparison_covers_every_rule(kind: str) -> None:
     assert sum(bool(one.edits) for one in results) > 15
     assert sum(bool(request.suffix_ids) for request in requests) > 8
     assert sum(one.num_blocks > 2 for one in results) > 15
-    assert any(one.num_edit_only and request.suffix_ids for request, one in zip(requests, results, strict=True))
+    assert any(
+        one.num_edit_only and request.suffix_ids for request, one in zip(requests, results, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -212,11 +212,15 @@ def test_random_models_behave_like_models(sample: list[tuple[Request, PlainResul
 
 
 def test_neighbours_differ_and_a_token_far_back_matters(sample: list[tuple[Request, PlainResult]]) -> None:
-    pairs = [(a, b) for _, result in sample for a, b in itertools.pairwise(result.canvas) if MASK not in (a, b)]
+    pairs = [
+        (a, b) for _, result in sample for a, b in itertools.pairwise(result.canvas) if MASK not in (a, b)
+    ]
     assert np.mean([a != b for a, b in pairs]) > 0.5
     kind = "bidirectional" if len(sample[0][1].canvas) == sample[0][0].max_tokens else "block_causal"
     changed = []
     for request, result in sample[:40]:
-        other = dataclasses.replace(request, prompt_ids=(request.prompt_ids[0] % 30 + 1, *request.prompt_ids[1:]))
+        other = dataclasses.replace(
+            request, prompt_ids=(request.prompt_ids[0] % 30 + 1, *request.prompt_ids[1:])
+        )
         changed.append(expected(other, kind).canvas != result.canvas)
     assert np.mean(changed) > 0.7

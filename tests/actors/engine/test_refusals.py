@@ -115,7 +115,9 @@ def test_a_request_that_cannot_be_served_is_refused_by_field(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_suffix_counts_towards_the_context(kind: str) -> None:
     engine = engine_of(kind=kind)
-    fits = Request("a", (3, 4), ONE_BY_ONE, max_tokens=9, suffix_ids=draw_prompt(random.Random(3), CONTEXT - 11))
+    fits = Request(
+        "a", (3, 4), ONE_BY_ONE, max_tokens=9, suffix_ids=draw_prompt(random.Random(3), CONTEXT - 11)
+    )
     assert_same(engine.generate([fits])[0], expected(fits, kind))
     with pytest.raises(RequestError) as caught:
         engine.add(dataclasses.replace(fits, suffix_ids=(*fits.suffix_ids, 5)))
@@ -142,11 +144,14 @@ def test_unusable_logits_fail_their_request_only(kind: str, setup: dict[str, obj
     # block of a block-causal model.
     engine.model.rope_cos[24:] = torch.nan
     reaching = [
-        Request(f"long {size}", draw_prompt(random.Random(size), size), ONE_BY_ONE, max_tokens=20, ignore_eos=True)
+        Request(
+            f"long {size}", draw_prompt(random.Random(size), size), ONE_BY_ONE, max_tokens=20, ignore_eos=True
+        )
         for size in (5, 24, 33)
     ]
     within = [
-        Request(f"short {size}", draw_prompt(random.Random(size), size), ONE_BY_ONE, max_tokens=6) for size in (3, 9, 18)
+        Request(f"short {size}", draw_prompt(random.Random(size), size), ONE_BY_ONE, max_tokens=6)
+        for size in (3, 9, 18)
     ]
     updates = run(engine, [request for pair in zip(reaching, within, strict=True) for request in pair])
     for request in within:

@@ -14,7 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.actors.engine.reference.compare import assert_equal, assert_same, result, run
-from tests.actors.engine.reference.models import BLOCK, CONTEXT, WORDS, engine_of, reference_model, token_bytes
+from tests.actors.engine.reference.models import (
+    BLOCK,
+    CONTEXT,
+    WORDS,
+    engine_of,
+    reference_model,
+    token_bytes,
+)
 from tests.actors.engine.reference.requests import draw_decisive, expected
 
 from fewstep.actors.engine.engine import Engine
@@ -103,12 +110,14 @@ def test_streamed_and_whole_are_one_trajectory(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_comes_as_soon_as_it_is_final(kind: str) -> None:
     """Left-to-right order writes one token a step; without editing each is sent by the step that wrote it."""
-    policy = DecodePolicy(kind="static", tokens_per_step=1, **({"block_size": 1} if kind == "bidirectional" else {}))
+    policy = DecodePolicy(
+        kind="static", tokens_per_step=1, **({"block_size": 1} if kind == "bidirectional" else {})
+    )
     request = Request("a", (3, 4, 5), policy, max_tokens=13, ignore_eos=True)
     engine = engine_of(kind=kind)
     engine.add(request)
     final = 0
-    canvas = expected(request, kind).states[1:] + [expected(request, kind).canvas]
+    canvas = [*expected(request, kind).states[1:], expected(request, kind).canvas]
     for state in canvas:
         now = next((i for i, token in enumerate(state) if token == 0), len(state))
         sent = sum(update.num_new_tokens for update in engine.step())
@@ -130,7 +139,9 @@ def test_nothing_of_a_block_is_sent_while_it_may_be_edited(kind: str) -> None:
         assert "".join(update.text for update in updates) == expected(request, kind).text
         edited += len(expected(request, kind).edits)
         # Three blocks: no more than three updates, each a whole block.
-        assert len([update for update in updates if update.num_new_tokens]) <= expected(request, kind).num_blocks
+        assert (
+            len([update for update in updates if update.num_new_tokens]) <= expected(request, kind).num_blocks
+        )
         sent_early += len(updates) > 1
     assert edited > 10
     assert sent_early > 3

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from tests.actors.engine.reference.loop import PlainResult
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request, Update
 from fewstep.platform.records import Trajectory
-from tests.actors.engine.reference.loop import PlainResult
 
 # Log-probabilities: another batch shape rounds differently (2.3e-5 at most in 1,000 requests); what is wrong differs by
 # 1e-3 and more.
@@ -33,7 +33,9 @@ def assert_same_edits(edits: Edits, expected: Edits) -> None:
     # A position is written once a step, so (position, step) orders edits whatever order they are listed in.
     edits, expected = sorted(edits, key=lambda e: e[:2]), sorted(expected, key=lambda e: e[:2])
     assert [e[:3] for e in edits] == [e[:3] for e in expected]
-    np.testing.assert_allclose([e[3] for e in edits], [e[3] for e in expected], atol=TOLERANCE, equal_nan=True)
+    np.testing.assert_allclose(
+        [e[3] for e in edits], [e[3] for e in expected], atol=TOLERANCE, equal_nan=True
+    )
 
 
 def assert_same(trajectory: Trajectory, plain: PlainResult, *, num_extra_forwards: int | None = 0) -> None:

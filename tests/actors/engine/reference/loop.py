@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from tests.actors.engine.reference.attention import Window, block_causal_logits
+from tests.actors.engine.reference.policy import Candidate, candidate, opens
+from tests.actors.engine.reference.text import certain_stop, final_text, tokens_before
 from tokenizers import Tokenizer
 
 from fewstep.actors.engine.request import Request
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.records import DecodePolicy
-from tests.actors.engine.reference.attention import Window, block_causal_logits
-from tests.actors.engine.reference.policy import Candidate, candidate, opens
-from tests.actors.engine.reference.text import certain_stop, final_text, tokens_before
 
 # A decision closer than this to falling the other way may do so where arithmetic rounds differently: float32
 # log-probabilities of these models agree to some 1e-6 between batch shapes, and to 2.3e-5 in the worst of 1,000 requests.

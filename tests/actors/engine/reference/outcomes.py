@@ -7,11 +7,12 @@ import itertools
 import math
 from collections import defaultdict
 
-from fewstep.actors.engine.request import Request
-from fewstep.kernels.model.transformer import Transformer
 from tests.actors.engine.reference.attention import block_causal_logits
 from tests.actors.engine.reference.loop import Block, Canvas, block_ranges, progress
 from tests.actors.engine.reference.policy import Candidate, sampling_weights
+
+from fewstep.actors.engine.request import Request
+from fewstep.kernels.model.transformer import Transformer
 
 Outcomes = dict[tuple[int, ...], float]
 
@@ -47,9 +48,7 @@ def outcome_probabilities(model: Transformer, request: Request) -> Outcomes:
     return after(start_block)
 
 
-def draws(
-    model: Transformer, request: Request, block: Block
-) -> list[tuple[dict[int, Candidate], float]]:
+def draws(model: Transformer, request: Request, block: Block) -> list[tuple[dict[int, Candidate], float]]:
     """Every joint draw of a forward's candidates with its probability; positions draw independently."""
     logits = block_causal_logits(model, block.canvas.tokens)
     options = []

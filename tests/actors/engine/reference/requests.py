@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import random
 
-from fewstep.actors.engine.request import Request
-from fewstep.kernels.model.config import AttentionKind
-from fewstep.platform.records import DecodePolicy
 from tests.actors.engine.reference.loop import PlainResult, decode
 from tests.actors.engine.reference.models import (
     BLOCK,
@@ -16,6 +13,10 @@ from tests.actors.engine.reference.models import (
     build_tokenizer,
     reference_model,
 )
+
+from fewstep.actors.engine.request import Request
+from fewstep.kernels.model.config import AttentionKind
+from fewstep.platform.records import DecodePolicy
 
 
 def draw_policy(
