@@ -169,12 +169,15 @@ def test_new_weights_never_read_what_old_ones_wrote() -> None:
     assert_same(engine.generate([request])[0], expected(request, seed=1))
 
 
-@pytest.mark.parametrize("kind", ["block_causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [
+        *(("block_causal", cache) for cache in ("exact", "none")),
+        *(("bidirectional", cache) for cache in ("exact", "none", "prefix", "dual")),
+    ],
+)
 @pytest.mark.parametrize("when", [0, 1, 2, 5, 9])
-@pytest.mark.parametrize("cache", ["exact", "none", "prefix", "dual"])
 def test_a_swap_between_two_steps_recomputes_everything_kept(kind: str, when: int, cache: str) -> None:
-    if kind == "block_causal" and cache in ("prefix", "dual"):
-        pytest.skip("block-causal models keep exact keys only")
     engine = engine_of(kind=kind, max_rows=2 * BLOCK)
     policy = DecodePolicy(kind="static", tokens_per_step=2, temperature=0.7, seed=when, cache=cache)
     # A prompt shorter than a block has no chunks, so the engine's forwards before the swap are the deciding ones.

@@ -45,20 +45,32 @@ class Window:
 
     Fast-dLLM (2505.22618): a forward over part of the window computes keys and values of its own rows and takes
     those of every other position from the last whole forward.
+
+    Attributes:
+        drifts: for each whole forward but the first, ‖K - K'‖ / ‖K‖ of the keys K that replaced K', mean over layers.
     """
 
     def __init__(self) -> None:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self.drifts: list[float] = []
+
+    def forget(self) -> None:
+        """Drop what was kept, as under new weights."""
+        self.keys, self.values = {}, {}
 
     @torch.no_grad()
     def logits(self, model: Transformer, tokens: list[int], first: int, end: int) -> torch.Tensor:
         """[L, V], NaN outside the rows `first` to `end` that this forward runs."""
         whole = end - first == len(tokens)
+        changes: list[float] = []
 
         def attention(layer, q, k, v, cos, sin):
             own_keys, own_values = rotate(k[0], cos[0], sin[0]), v[0]
             if whole:
+                if layer in self.keys:
+                    change = (own_keys - self.keys[layer]).norm() / own_keys.norm()
+                    changes.append(float(change))
                 self.keys[layer], self.values[layer] = own_keys, own_values
             keys, values = self.keys[layer].clone(), self.values[layer].clone()
             keys[first:end], values[first:end] = own_keys, own_values
@@ -68,4 +80,6 @@ class Window:
         rows = torch.arange(first, end)[None]
         out = torch.full((len(tokens), model.config.vocab_size), math.nan)
         out[first:end] = model.logits(model(torch.tensor([tokens[first:end]]), rows, attention))[0]
+        if changes:
+            self.drifts.append(sum(changes) / len(changes))
         return out

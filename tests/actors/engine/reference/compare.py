@@ -54,6 +54,7 @@ def assert_same(trajectory: Trajectory, plain: PlainResult, *, num_extra_forward
     np.testing.assert_allclose(trajectory.logprob, plain.logprob, atol=TOLERANCE, equal_nan=True)
     np.testing.assert_allclose(trajectory.confidence, np.exp(trajectory.logprob), rtol=1e-5, equal_nan=True)
     assert_same_edits(edits_of(trajectory), plain.edits)
+    np.testing.assert_allclose(trajectory.cache_drift, plain.cache_drift, atol=TOLERANCE)
     # What carries no number is what nobody chose: unwritten, or filled behind an end of sequence.
     assert (np.isnan(trajectory.logprob) == np.isnan(trajectory.confidence)).all()
 

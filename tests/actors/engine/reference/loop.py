@@ -45,6 +45,7 @@ class PlainResult:
     states: list[list[int]]
     num_blocks: int
     num_edit_only: int
+    cache_drift: float
 
     @property
     def decisive(self) -> bool:
@@ -161,6 +162,12 @@ class Eyes:
     def __init__(self, request: Request) -> None:
         self.request, self.window = request, Window()
 
+    @property
+    def drift(self) -> float:
+        """Mean over the refreshes of an approximate cache; 0 where nothing is kept, so nothing gets stale."""
+        drifts = self.window.drifts if self.request.policy.cache in ("prefix", "dual") else []
+        return sum(drifts) / len(drifts) if drifts else 0.0
+
     def logits(
         self, model: Transformer, tokens: list[int], first: int, end: int, num_forwards: int, stale: bool
     ) -> torch.Tensor:
@@ -175,6 +182,8 @@ class Eyes:
             unwritten = [model.config.mask_token_id] * (end - len(tokens[:end]))
             return block_causal_logits(model, tokens[:end] + unwritten)
         policy, length = self.request.policy, len(tokens)
+        if stale:
+            self.window.forget()
         whole = num_forwards == 0 or stale or policy.cache in ("exact", "none")
         if policy.refresh_every is not None:
             whole = whole or num_forwards % policy.refresh_every == 0
@@ -238,6 +247,7 @@ def decode(
                 states=states,
                 num_blocks=number + 1,
                 num_edit_only=edit_only,
+                cache_drift=eyes.drift,
             )
     raise AssertionError("a request that fits the context ends inside it")
 
