@@ -183,6 +183,7 @@ def cases(device: torch.device) -> list[Case]:
     return [
         *(head_case(m, 32_768, 1024, bf16, False) for m in (32, 128, 256)),
         *(head_case(m, 126_464, 1024, bf16, False) for m in (32, 256)),
+        *(head_case(m, 32_768, 1024, bf16, False, draw=True) for m in (32, 256)),
         *(head_case(m, 49_152, 576, fp32, False) for m in (32, 256)),
         *(loss_case(m, vocabulary, 512, bf16, False) for m, vocabulary in ((1024, 4096), (256, 32_768))),
         loss_case(1024, 4096, 512, fp32, False),

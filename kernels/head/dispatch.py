@@ -46,30 +46,35 @@ def head_confidence(
         max_elements: logits the reference holds at a time; a chunk has at least one row.
         packed: the weight's tiles as `pack_head` makes them, for `tiled`, which then always pays.
         impl: None = fused for CUDA tensors; on the CPU tiled where it pays (`tiled.pays`), else reference.
-            `tiled` is greedy: it takes uniform=None only.
     Errors:
         ResourceError: fused was asked for where it cannot run.
     """
     chosen = implementation_for("head_confidence", impl, hidden)
-    if chosen == "fused":
+    if impl is None and chosen == "reference" and (packed is not None or tiled.pays(len(rows), len(weight))):
+        chosen = "tiled"
+    if norm_weight is not None:
+        if chosen == "fused":
+            from fewstep.kernels.norm import fused as norm
+
+            hidden = norm.rms_norm_rows(hidden, rows, norm_weight, norm_eps)
+        else:
+            hidden = F.rms_norm(hidden.index_select(0, rows), norm_weight.shape, norm_weight, norm_eps)
+        rows = torch.arange(len(rows), device=rows.device)
+    if chosen == "reference":
+        return reference.head_confidence(
+            hidden, rows, weight, mask_token_id, temperature, top_p, uniform, entropy, max_elements
+        )
+    if chosen == "tiled":
+        stats = tiled.head_confidence(
+            hidden, rows, weight, mask_token_id, temperature, uniform, entropy, packed
+        )
+    else:
         from fewstep.kernels.head import fused
 
-        if norm_weight is not None:
-            hidden, rows = fused.normed_rows(hidden, rows, norm_weight, norm_eps)
         stats = fused.head_confidence(hidden, rows, weight, mask_token_id, temperature, uniform, entropy)
-        if uniform is None or nucleus is False:
-            return stats
-        return _redraw_nucleus(stats, hidden, rows, weight, mask_token_id, temperature, top_p, uniform)
-    if norm_weight is not None:
-        hidden = F.rms_norm(hidden.index_select(0, rows), norm_weight.shape, norm_weight, norm_eps)
-        rows = torch.arange(len(rows), device=rows.device)
-    pays = packed is not None or tiled.pays(len(rows), len(weight))
-    if chosen == "tiled" or (impl is None and uniform is None and pays):
-        assert uniform is None, "the tiled head does not sample"
-        return tiled.head_confidence(hidden, rows, weight, mask_token_id, entropy, packed)
-    return reference.head_confidence(
-        hidden, rows, weight, mask_token_id, temperature, top_p, uniform, entropy, max_elements
-    )
+    if uniform is None or nucleus is False:
+        return stats
+    return _redraw_nucleus(stats, hidden, rows, weight, mask_token_id, temperature, top_p, uniform)
 
 
 def _redraw_nucleus(

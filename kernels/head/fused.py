@@ -17,7 +17,6 @@ import triton.language as tl
 
 from fewstep.kernels.confidence import RowStats
 from fewstep.kernels.launch import Build
-from fewstep.kernels.norm.fused import rms_norm_rows
 
 # Row tiles that sweep the vocabulary side by side. They read the same weights at the same time, from L2 but for the
 # first; 16 tiles of 128 rows by 4,096 bf16 numbers are 16 MiB, which L2 holds on to for the whole sweep.
@@ -324,17 +323,6 @@ def projection_tile(num_rows: int, width: int, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def normed_rows(
-    hidden: torch.Tensor, rows: torch.Tensor, norm_weight: torch.Tensor, norm_eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gathered rows after RMSNorm [M, d], and their indices there.
-
-    A pass of its own: inside the projection every vocabulary tile would normalise the rows again, and its copies from
-    memory to shared memory would have to stop in registers. M·d numbers are nothing beside V·d.
-    """
-    return rms_norm_rows(hidden, rows, norm_weight, norm_eps), torch.arange(len(rows), device=rows.device)
-
-
 def head_confidence(
     hidden: torch.Tensor,
     rows: torch.Tensor,
@@ -431,7 +419,9 @@ def _builds() -> list[Build]:
         for wanted, arguments in ((entropy, of_entropy), (sample, of_draw)):
             signature |= arguments if wanted else {}
             absent |= {} if wanted else dict.fromkeys(arguments)
-        flags = {"PART": PART, "ENTROPY": entropy, "SAMPLE": sample} | absent
+        flags: dict[str, Any] = {"PART": PART, "ENTROPY": entropy, "SAMPLE": sample} | absent
+        if num_rows <= tile["ROWS"]:
+            flags["num_row_tiles"] = 1  # a launch turns arguments that are 1 into constants
         what = f"{name} {'entropy draw' if sample else 'greedy'}"
         for title, kernel, types, constants, num_warps, num_stages in (
             (
@@ -452,7 +442,11 @@ def _builds() -> list[Build]:
                 Build(
                     title,
                     kernel,
-                    {argument: every[argument] for argument in known if argument in every},
+                    {
+                        argument: every[argument]
+                        for argument in known
+                        if argument in every.keys() - flags.keys()
+                    },
                     {argument: value for argument, value in (flags | constants).items() if argument in known},
                     num_warps,
                     num_stages,

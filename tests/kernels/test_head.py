@@ -7,7 +7,8 @@ import torch
 from tests.kernels.device import DEVICE
 
 from fewstep.kernels.confidence import RowStats, row_stats
-from fewstep.kernels.head import head_confidence, reference, tiled
+from fewstep.kernels.head import head_confidence, pack_head, reference, tiled
+from fewstep.kernels.linear import PackedWeight
 from fewstep.kernels.norm import rms_norm
 
 MASK = 7
@@ -175,8 +176,6 @@ def test_huge_logits_and_a_vocabulary_with_one_possible_token(impl: str) -> None
     certain[280] = 2.0
     one = torch.ones(1, 1, device=DEVICE)
     for asked in (greedy(1), sampling(1) | {"temperature": torch.ones(1, device=DEVICE)}):
-        if impl == "tiled" and asked["uniform"] is not None:
-            continue
         stats = head_confidence(
             one, picked(1, 1), certain, mask_token_id=MASK, **asked, entropy=True, impl=impl
         )
@@ -201,15 +200,15 @@ def test_unusable_logits_show_in_their_row_only(impl: str, bad: float, where: st
     else:
         hidden[1] = bad
         rows, healthy = torch.arange(3, device=DEVICE), [0, 2]
-    stats = head_confidence(
-        hidden, rows, weight, mask_token_id=MASK, **greedy(len(rows)), entropy=True, impl=impl
-    )
-    finite = stats.logprob.isfinite().nonzero()[:, 0].tolist()
-    assert finite == healthy
-    assert ((stats.token >= 0) & (stats.token < 300)).all()
+    for asked in (
+        greedy(len(rows)),
+        sampling(len(rows)) | {"temperature": torch.ones(len(rows), device=DEVICE)},
+    ):
+        stats = head_confidence(hidden, rows, weight, mask_token_id=MASK, **asked, entropy=True, impl=impl)
+        assert stats.logprob.isfinite().nonzero()[:, 0].tolist() == healthy
+        assert ((stats.token >= 0) & (stats.token < 300)).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "fused"], indirect=True)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_draw_crosses_the_tempered_distribution(impl: str, shape: tuple[int, int, int, int]) -> None:
     num_rows, among, vocabulary, width = shape
@@ -221,7 +220,6 @@ def test_a_draw_crosses_the_tempered_distribution(impl: str, shape: tuple[int, i
     assert_drawn(stats, logits, asked["temperature"], asked["uniform"])
 
 
-@pytest.mark.parametrize("impl", ["reference", "fused"], indirect=True)
 def test_the_ends_of_the_distribution_draw_a_possible_token(impl: str) -> None:
     weight = torch.full((260, 1), -torch.inf, device=DEVICE)
     # Probability in the middle of a part only: both ends of u must come out of it, not beside it.
@@ -241,7 +239,6 @@ def test_the_ends_of_the_distribution_draw_a_possible_token(impl: str) -> None:
     assert stats.token.tolist() == [140, 143]
 
 
-@pytest.mark.parametrize("impl", ["reference", "fused"], indirect=True)
 def test_a_nucleus_row_among_others_draws_from_its_nucleus(impl: str) -> None:
     hidden, weight, rows = normal(11, 30, 8), normal(12, 150, 8), picked(30, 30)
     asked = sampling(30) | {"top_p": torch.tensor([1.0, 0.3, 0.7] * 10, device=DEVICE)}
@@ -260,7 +257,6 @@ def test_a_nucleus_row_among_others_draws_from_its_nucleus(impl: str) -> None:
     assert (free.token != stats.token).any(), "no row of this test is touched by its nucleus"
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled", "fused"], indirect=True)
 def test_the_final_norm_may_be_left_to_the_head(impl: str) -> None:
     hidden, weight, gain, rows = normal(13, 12, 40) * 5, normal(14, 200, 40), normal(15, 40), picked(5, 12)
     stats = head_confidence(
@@ -297,7 +293,7 @@ def test_a_large_vocabulary_is_tiled_on_the_cpu_and_a_small_one_is_not(
     for num_rows, vocabulary, asked, used in (
         (64, 1 << 14, greedy(64), 1),
         (63, 1 << 14, greedy(63), 0),
-        (64, 1 << 14, sampling(64), 0),
+        (64, 1 << 14, sampling(64), 1),
         (4096, 336, greedy(4096), 0),
     ):
         calls.clear()
@@ -307,14 +303,39 @@ def test_a_large_vocabulary_is_tiled_on_the_cpu_and_a_small_one_is_not(
         assert len(calls) == used
 
 
-def test_tiles_and_whole_rows_agree_on_every_token() -> None:
-    hidden, weight = normal(18, 50, 32).cpu(), normal(19, 3 * tiled.TILE + 100, 32).cpu()
-    rows = torch.arange(50)
-    asked = {name: None if value is None else value.cpu() for name, value in greedy(50).items()}
-    stats = [
-        head_confidence(hidden, rows, weight, mask_token_id=2 * tiled.TILE, **asked, entropy=True, impl=kind)
+@pytest.mark.parametrize("asked", [greedy(50), sampling(50)], ids=["greedy", "sampling"])
+def test_tiles_and_whole_rows_agree_on_every_token(asked: dict[str, torch.Tensor | None]) -> None:
+    hidden, weight = normal(18, 50, 32).cpu() / 4, normal(19, 3 * tiled.TILE + 2001, 32).cpu()
+    on_cpu = {name: None if value is None else value.cpu() for name, value in asked.items()}
+    mask = 2 * tiled.TILE
+    tiles, whole = (
+        head_confidence(
+            hidden, torch.arange(50), weight, mask_token_id=mask, **on_cpu, entropy=True, impl=kind
+        )
         for kind in ("tiled", "reference")
-    ]
-    assert torch.equal(stats[0].token, stats[1].token)
-    torch.testing.assert_close(stats[0].logprob, stats[1].logprob)
-    torch.testing.assert_close(stats[0].entropy, stats[1].entropy)
+    )
+    assert torch.equal(tiles.token, whole.token)
+    assert len({int(token) // tiled.TILE for token in tiles.token}) == 4, (
+        "a tile of this test is never chosen"
+    )
+    for got, expected in zip(tiles[1:], whole[1:], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not PackedWeight.supported(torch.empty(1, 1, dtype=torch.bfloat16)),
+    reason="oneDNN has no bfloat16 products on this CPU",
+)
+@pytest.mark.parametrize("asked", [greedy(20), sampling(20)], ids=["greedy", "sampling"])
+def test_a_packed_head_is_the_head(asked: dict[str, torch.Tensor | None]) -> None:
+    hidden = (normal(20, 20, 32).cpu() / 4).bfloat16()
+    weight = normal(21, tiled.MIN_VOCABULARY + 9, 32).cpu().bfloat16()
+    packed = pack_head(weight)
+    assert packed is not None
+    assert pack_head(weight[: tiled.MIN_VOCABULARY - 1]) is None
+    on_cpu = {name: None if value is None else value.cpu() for name, value in asked.items()}
+    stats = head_confidence(
+        hidden, torch.arange(20), weight, mask_token_id=MASK, **on_cpu, entropy=True, packed=packed
+    )
+    # bfloat16 logits of up to 8 are rounded by 2**-6.
+    assert_exact(stats, exact_logits(hidden, torch.arange(20), weight), 2**-4)
