@@ -1,6 +1,6 @@
 """The record of one kernel measurement: what `bench/gpu.py` runs, times and holds against a floor.
 
-Each `bench/cases_*.py` has a function `cases(smoke) -> list[Case]`. Its shapes are those of an 8 B model's denoising step;
+Each module of MODULES has a function `cases(smoke) -> list[Case]`. Its shapes are those of an 8 B model's denoising step;
 with `smoke` they are tiny and run on a CPU in milliseconds.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+MODULES = ("cases_attention", "cases_projection")
 
 Inputs = tuple[Any, ...]
 Outputs = tuple[torch.Tensor, ...]
@@ -75,6 +76,5 @@ class Case:
 
 
 def load_cases(smoke: bool) -> list[Case]:
-    """The cases of every `cases_*.py` in this folder."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("cases_*.py"))
-    return [case for name in names for case in importlib.import_module(name).cases(smoke)]
+    """The cases of every module, in its order."""
+    return [case for name in MODULES for case in importlib.import_module(name).cases(smoke)]

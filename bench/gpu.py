@@ -2,7 +2,7 @@
 
 1. Versions and the device; without CUDA one line and exit code 2.
 2. The kernel tests on the device, compiled and not interpreted.
-3. Every case of `bench/cases_*.py`: fused against the reference, then medians beside eager torch, torch.compile and the
+3. Every case of `bench/cases.py`: fused against the reference, then medians beside eager torch, torch.compile and the
    floor (bytes over the rate of a large copy, or FLOP over the rate of a large product, both measured first).
 4. A denoising step of an 8 B-shaped model at 1x32, 4x32 and 16x32 rows, eager and as a CUDA graph, against the time in
    which its weights can be read.
@@ -173,7 +173,6 @@ def run_cases(report: Report, device: Any, peaks: Any) -> None:
     """Check, then time, every case."""
     from cases import load_cases
 
-    # Training's ops need gradients, so inference_mode is theirs to choose.
     for case in load_cases(smoke=peaks is None):
         row: dict[str, Any] = {"op": case.op, "name": case.name, "settings": dict(case.settings)}
         implementation = "reference" if peaks is None else "fused"
