@@ -57,11 +57,12 @@ def test_the_ways_of_large_models_and_batches_equal_the_plain_loop(
     """The head in tiles, attention in many calls, nothing gathered kept: what sizes this small would not choose."""
     monkeypatch.setattr(tiled, "MIN_VOCABULARY", 0)
     monkeypatch.setattr(tiled, "MIN_ELEMENTS", 0)
-    monkeypatch.setattr(tiled, "TILE", 5)
+    monkeypatch.setattr(tiled, "TILE", 6)
+    monkeypatch.setattr(tiled, "_PART", 3)  # parts divide tiles
     monkeypatch.setattr(gathered, "_SPLIT_WORK", 0)
     monkeypatch.setattr(cache, "_MAX_KEPT_BYTES", 0)
     requests = draw_decisive(random.Random(7), 40, kind)
-    # Requests that sample keep the head of their batch from its tiles.
+    # Among themselves, and beside requests that draw.
     greedy = [request for request in requests if request.policy.temperature == 0]
     assert len(greedy) > 10
     for some in (greedy, requests):
