@@ -41,19 +41,10 @@ def tile_of_program(num_row_tiles, num_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def tile_logits(
-    hidden,
-    row_start,
-    weight,
-    tokens,
-    width,
-    vocabulary,
-    mask_token,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
+    hidden, row_start, weight, tokens, width, vocabulary, mask_token,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
     AXIS: tl.constexpr,
-):
+):  # fmt: skip
     """float32 logits of `tokens`, of the rows whose numbers start at hidden + row_start; tokens lie along AXIS.
 
     The tensor cores of Hopper and Blackwell want 64 or 128 lines on the left. A block of masks has 32 rows, so there
@@ -100,31 +91,12 @@ def mass_times_distance(mass, distance):
 
 @triton.jit
 def head_partial_kernel(
-    hidden,
-    rows,
-    weight,
-    temperature,
-    best,
-    token,
-    total,
-    moment,
-    tempered,
-    num_rows,
-    vocabulary,
-    width,
-    mask_token,
-    num_row_tiles,
-    num_tiles,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PART: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
-    AXIS: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    hidden, rows, weight, temperature, best, token, total, moment, tempered, num_rows, vocabulary,
+    width, mask_token, num_row_tiles, num_tiles,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, AXIS: tl.constexpr, ENTROPY: tl.constexpr,
     SAMPLE: tl.constexpr,
-):
+):  # fmt: skip
     """Of each row and tile: best logit and its token, Σ e^x and Σ e^x·x over x = logit - best, all [M, T].
 
     SAMPLE also writes Σ e^(x / temperature) of every part of the tile, tempered [M, T · C].
@@ -218,34 +190,10 @@ def crossing_part(tempered, best, row, top, heat, u, num_tiles, PARTS: tl.conste
 
 
 @triton.jit
-def head_finish_kernel(
-    hidden,
-    rows,
-    weight,
-    temperature,
-    uniform,
-    best,
-    token,
-    total,
-    moment,
-    tempered,
-    out_token,
-    out_confidence,
-    out_logprob,
-    out_entropy,
-    vocabulary,
-    width,
-    mask_token,
-    num_tiles,
-    TOKENS: tl.constexpr,
-    PART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SAMPLE: tl.constexpr,
+def joined_tiles(
+    best, token, total, moment, row, vocabulary, num_tiles, BLOCK: tl.constexpr, ENTROPY: tl.constexpr
 ):
-    """One row a program: its tiles joined, and a draw where its temperature is above 0."""
-    row = tl.program_id(0).to(tl.int64)
+    """(maximum, its lowest token, Σ e^x, Σ e^x·x over x = logit - maximum) of a row, from its tiles'."""
     block = tl.arange(0, BLOCK)
     tops = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     for first in range(0, num_tiles, BLOCK):
@@ -270,29 +218,41 @@ def head_finish_kernel(
             moments += own * scale + mass_times_distance(mass, distance)
         candidate = tl.load(token + where, mask=inside, other=0)
         tokens = tl.minimum(tokens, tl.where(inside & (value == top), candidate, vocabulary - 1))
-    mass = tl.sum(masses, axis=0)
+    return top, tl.min(tokens, axis=0), tl.sum(masses, axis=0), tl.sum(moments, axis=0)
+
+
+@triton.jit
+def head_finish_kernel(
+    hidden, rows, weight, temperature, uniform, best, token, total, moment, tempered,
+    out_token, out_confidence, out_logprob, out_entropy, vocabulary, width, mask_token, num_tiles,
+    TOKENS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    ENTROPY: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """One row a program: its tiles joined, and a draw where its temperature is above 0."""
+    row = tl.program_id(0).to(tl.int64)
+    top, chosen, mass, moments = joined_tiles(
+        best, token, total, moment, row, vocabulary, num_tiles, BLOCK, ENTROPY
+    )
     log_mass = tl.log(mass)
-    chosen = tl.min(tokens, axis=0)
     # The best token's own term is e^0.
     logprob = -log_mass
     if ENTROPY:
-        tl.store(out_entropy + row, log_mass - tl.sum(moments, axis=0) / mass)
+        tl.store(out_entropy + row, log_mass - moments / mass)
     if SAMPLE:
         heat = tl.load(temperature + row)
         if heat > 0:
             part, left = crossing_part(
                 tempered, best, row, top, heat, tl.load(uniform + row), num_tiles, TOKENS // PART, BLOCK
             )
-            tokens_of_part = part * PART + tl.arange(0, PART)
             start = tl.load(rows + row) * width
+            offset = tl.arange(0, PART)
             logits = part_logits(
-                hidden, start, weight, tokens_of_part, width, vocabulary, mask_token, PART, DEPTH
+                hidden, start, weight, part * PART + offset, width, vocabulary, mask_token, PART, DEPTH
             )
-            reference = finite_shift(tl.load(best + row * num_tiles + part // (TOKENS // PART)))
-            weights = tl.exp((logits - reference) / heat)
+            shift = finite_shift(tl.load(best + row * num_tiles + part // (TOKENS // PART)))
+            weights = tl.exp((logits - shift) / heat)
             # A token of weight 0 repeats the sum before it and so is never first above a target of 0 or more.
             below = tl.cumsum(weights, axis=0) <= tl.maximum(left, 0.0)
-            offset = tl.arange(0, PART)
             # Rounding may leave the target above the whole part; then its last token with any weight.
             last = tl.max(tl.where(weights > 0, offset, 0), axis=0)
             pick = tl.minimum(tl.sum(below.to(tl.int32), axis=0), last)
@@ -355,42 +315,25 @@ def head_confidence(
     if num_rows == 0:
         return stats
     mask_token = -1 if mask_token_id is None else mask_token_id
+    heat = temperature if sample else None
     partial = (best, token, total, moment, tempered)
+    flags = {"PART": PART, "ENTROPY": entropy, "SAMPLE": sample}
+    sizes = (num_rows, vocabulary, width, mask_token, num_row_tiles, num_tiles)
     head_partial_kernel[(num_row_tiles * num_tiles,)](
-        hidden,
-        rows,
-        weight,
-        temperature if sample else None,
-        *partial,
-        num_rows,
-        vocabulary,
-        width,
-        mask_token,
-        num_row_tiles,
-        num_tiles,
-        PART=PART,
-        GROUP=GROUP,
-        ENTROPY=entropy,
-        SAMPLE=sample,
-        **tile,
+        hidden, rows, weight, heat, *partial, *sizes, GROUP=GROUP, **flags, **tile
     )
+    shape = (vocabulary, width, mask_token, num_tiles)
     head_finish_kernel[(num_rows,)](
         hidden,
         rows,
         weight,
-        temperature if sample else None,
+        heat,
         uniform,
         *partial,
         *stats,
-        vocabulary,
-        width,
-        mask_token,
-        num_tiles,
+        *shape,
         TOKENS=tile["TOKENS"],
-        PART=PART,
-        ENTROPY=entropy,
-        SAMPLE=sample,
-        num_warps=4,
+        **flags,
         **_FINISH,
     )
     return stats

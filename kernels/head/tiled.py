@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from fewstep.kernels.confidence import RowStats
 from fewstep.kernels.linear import PackedWeight
 
-# One EPYC core with AVX-512, bf16, d = 1024, ms of the reference against this: 32 rows 10.1 / 7.2 (V = 32,768) and
-# 47 / 36 (V = 126,464), 128 rows 24 / 17, 256 rows 49 / 30 and 359 / 110; fp32, d = 576, V = 49,152: 24 / 21 and
-# 154 / 97. Tiles of 1,024 and 16,384 lost 10-30 %.
+# Over eager torch, one core with AMX, bf16, d = 1,024 (bench/results/cpu-head.json): 128 rows of V = 32,768 1.4 to 1.7
+# times as fast, 256 rows of V = 126,464 2.1 to 2.5, drawing 1.8 to 4.7. Tiles of 1,024 and 16,384 lost 10-30 % to 4,096.
 TILE = 4096
-# Below these it does not pay: 8 rows of V = 32,768 took 5.1 ms against 5.6, 32 rows of V = 8,192 as long.
+# Below these it does not pay: 8 rows of V = 32,768 and 32 rows of V = 8,192 took a tenth longer.
 MIN_VOCABULARY, MIN_ELEMENTS = 1 << 14, 1 << 20
 # max(-1) with an index takes 0.41 ns an element and amax 0.07: maxima of parts first, an index only in the best one.
 _PART = 64

@@ -34,27 +34,11 @@ _PROGRAMS = 2048
 
 @triton.jit
 def logprob_forward_kernel(
-    hidden,
-    weight,
-    targets,
-    best,
-    total,
-    moment,
-    chosen,
-    num_rows,
-    vocabulary,
-    width,
-    mask_token,
-    num_row_tiles,
-    num_tiles,
-    num_splits,
-    tiles_of_split,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    hidden, weight, targets, best, total, moment, chosen, num_rows, vocabulary, width, mask_token,
+    num_row_tiles, num_tiles, num_splits, tiles_of_split,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr,
-):
+):  # fmt: skip
     """Of each row and split: best logit, Σ e^x and Σ e^x·x over x = logit - best, all [m, S]; chosen [m]: the target's."""
     row_tile, split = tile_of_program(num_row_tiles, num_splits, GROUP)
     index = row_tile * ROWS + tl.arange(0, ROWS)
@@ -92,29 +76,11 @@ def logprob_forward_kernel(
 
 @triton.jit
 def logprob_gradient_kernel(
-    hidden,
-    weight,
-    targets,
-    normaliser,
-    entropy,
-    grad_logprob,
-    grad_entropy,
-    grad_logits,
-    num_rows,
-    first_token,
-    last_token,
-    vocabulary,
-    width,
-    mask_token,
-    num_row_tiles,
-    num_tiles,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
+    hidden, weight, targets, normaliser, entropy, grad_logprob, grad_entropy, grad_logits, num_rows,
+    first_token, last_token, vocabulary, width, mask_token, num_row_tiles, num_tiles,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
     """grad_logits [m, C] of tokens first_token .. last_token: g·(δ - p) - h·p·(log p + H)."""
     row_tile, tile = tile_of_program(num_row_tiles, num_tiles, GROUP)
     index = row_tile * ROWS + tl.arange(0, ROWS)

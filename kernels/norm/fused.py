@@ -23,18 +23,9 @@ _PARTIALS = 512
 
 @triton.jit
 def rms_norm_kernel(
-    x,
-    picked,
-    weight,
-    out,
-    inverse,
-    num_rows,
-    num_columns,
-    eps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GATHER: tl.constexpr,
-):
+    x, picked, weight, out, inverse, num_rows, num_columns, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
     """out = x · inverse · weight with inverse [M] = 1 / sqrt(mean(x²) + eps), ROWS rows a program.
 
     GATHER: row i of the output is of row picked[i] of x, and `inverse` is not written.
@@ -59,17 +50,9 @@ def rms_norm_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    grad,
-    x,
-    weight,
-    inverse,
-    grad_x,
-    partial,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    grad, x, weight, inverse, grad_x, partial, num_rows, num_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """grad_x, and each program's share of the weight's gradient: row program_id of partial [_PARTIALS, d]."""
     columns = tl.arange(0, COLUMNS)
     real = columns < num_columns
