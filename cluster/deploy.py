@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
 from fewstep.platform.errors import ActorDied, ResourceError
 from fewstep.platform.records import DecodePolicy
@@ -51,6 +52,11 @@ class ServeConfig(Config):
     """Logical CPUs of each replica; torch uses as many threads, at least one."""
     max_sequences: int = Field(default=64, ge=1)
     """Requests that one engine denoises together; more wait."""
+    cache_gib: float | None = Field(default=None, gt=0.0)
+    """Memory for cached keys and values of each replica, GiB; null = what its sequences can use, at most half of what
+    is free. With less, the youngest requests give way and recompute."""
+    dtype: ComputeDtype = "saved"
+    """Type to compute in; saved = as the checkpoint has it."""
     max_tokens: int = Field(default=256, ge=1)
     """Tokens of an answer at most when the request does not say."""
     policy: DecodePolicy = DecodePolicy()
@@ -195,15 +201,16 @@ def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from fewstep.actors.serving.replica import application
+    from fewstep.actors.serving.replica import EngineOptions, application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     app = application(
         folder,
         name,
         policy=config.policy,
         max_tokens=config.max_tokens,
-        max_sequences=config.max_sequences,
+        engine=EngineOptions(config.max_sequences, config.dtype, cache_bytes),
         num_replicas=config.num_replicas,
         num_cpus=config.cpus_per_replica,
     )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fewstep.kernels.model.config import ComputeDtype
 from fewstep.pipelines.models import model_folder
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy, Int16Array, Trajectory
@@ -26,12 +27,16 @@ class GenerateConfig(Config):
     """MLflow store of a models:/ address; empty = MLFLOW_TRACKING_URI, else the store of `make demo`."""
     prompt: str | None = None
     """The text to continue; null = read standard input to its end."""
+    suffix: str = ""
+    """Text that stands behind the answer (infill); the answer then has exactly `max_tokens` places to fill."""
     max_tokens: int = Field(default=256, ge=1)
     """Tokens of the answer at most."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
     show: Literal["text", "steps"] = "text"
     """text = the answer; steps = also the film of the canvas, one line a forward, on standard error."""
+    dtype: ComputeDtype = "saved"
+    """Type to compute in; saved = as the checkpoint has it."""
     policy: DecodePolicy = DecodePolicy()
 
 
@@ -53,29 +58,36 @@ def run(config: GenerateConfig) -> None:
 
     torch.set_num_threads(1)
     folder = model_folder(config.model, config.tracking_uri)
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, None if config.dtype == "saved" else getattr(torch, config.dtype))
     version = WeightVersion("generate", 0, state_checksum(model.state_dict()))
     engine = Engine(model, tokenizer, max_sequences=1, weight_version=version)
     prompt_ids = tuple(tokenizer.encode(prompt).ids)
-    request = Request("generate", prompt_ids, config.policy, max_tokens=config.max_tokens, stop=config.stop)
+    request = Request(
+        "generate",
+        prompt_ids,
+        config.policy,
+        max_tokens=config.max_tokens,
+        stop=config.stop,
+        suffix_ids=tuple(tokenizer.encode(config.suffix).ids),
+    )
     trajectory = engine.generate([request])[0]
     if config.show == "steps":
-        print(
-            film_strip(trajectory, token_texts(tokenizer, trajectory), model.config.block_size),
-            file=sys.stderr,
-        )
+        size = config.policy.block_size or model.config.block_size
+        aligned = model.config.attention_kind == "block_causal"
+        print(film_strip(trajectory, token_texts(tokenizer, trajectory), size, aligned), file=sys.stderr)
     print(engine.text_of(trajectory, config.stop))
 
 
-def film_strip(trajectory: Trajectory, texts: Sequence[str], block_size: int) -> str:
+def film_strip(trajectory: Trajectory, texts: Sequence[str], block_size: int, aligned: bool = True) -> str:
     """The canvas after every forward, block by block; what a forward wrote is in brackets, masks are `░`.
 
     Args:
         trajectory: canvas of N positions that starts at absolute position P, the prompt's length.
         texts: text of each of the N positions.
-        block_size: positions per block; blocks are aligned at absolute position 0.
+        block_size: positions per block.
+        aligned: blocks begin at multiples of it from position 0; else they are counted from the prompt's end.
     """
-    block_of = (len(trajectory.prompt_ids) + np.arange(len(texts))) // block_size
+    block_of = (aligned * len(trajectory.prompt_ids) + np.arange(len(texts))) // block_size
     lines: list[str] = []
     for block in np.unique(block_of):
         positions = np.flatnonzero(block_of == block)

@@ -7,11 +7,13 @@ answers clients.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.errors import ActorDied
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
@@ -23,6 +25,20 @@ DEPLOYMENT = "fewstep"
 _DRAIN_S = 5.0
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a replica's engine runs.
+
+    Attributes:
+        max_sequences: requests denoised together; more wait in the engine.
+        dtype: to compute in; memory_bytes: for cached keys and values (see `Engine`).
+    """
+
+    max_sequences: int = 64
+    dtype: ComputeDtype = "saved"
+    memory_bytes: int | None = None
+
+
 class ServingReplica:
     """Loads a model folder and serves it; one engine, one replica.
 
@@ -31,7 +47,7 @@ class ServingReplica:
         name: the model's name on the wire.
         policy: what a request that says nothing is decoded with.
         max_tokens: of one answer when the request does not say.
-        max_sequences: requests denoised together; more wait in the engine.
+        engine: how its engine runs.
         num_threads: of torch.
     """
 
@@ -41,7 +57,7 @@ class ServingReplica:
         name: str,
         policy: DecodePolicy,
         max_tokens: int,
-        max_sequences: int,
+        engine: EngineOptions,
         num_threads: int,
     ) -> None:
         # A Ray worker imports this module before it knows what it is for; torch only where an engine lives.
@@ -56,9 +72,17 @@ class ServingReplica:
         torch.set_num_threads(num_threads)
         logging.getLogger("fewstep").setLevel(logging.INFO)
         path = Path(folder)
-        model, tokenizer = load_model(path)
+        model, tokenizer = load_model(path, None if engine.dtype == "saved" else getattr(torch, engine.dtype))
         version = WeightVersion(name, 0, state_checksum(model.state_dict()))
-        host = EngineHost(Engine(model, tokenizer, max_sequences=max_sequences, weight_version=version))
+        host = EngineHost(
+            Engine(
+                model,
+                tokenizer,
+                max_sequences=engine.max_sequences,
+                weight_version=version,
+                memory_bytes=engine.memory_bytes,
+            )
+        )
         served = ServedModel(
             name, created_of(path), model.config, tokenizer, ChatTemplate(path), policy, max_tokens
         )
@@ -82,7 +106,7 @@ def application(
     *,
     policy: DecodePolicy,
     max_tokens: int,
-    max_sequences: int,
+    engine: EngineOptions,
     num_replicas: int,
     num_cpus: float,
 ) -> Application:
@@ -96,7 +120,7 @@ def application(
         name=DEPLOYMENT,
         num_replicas=num_replicas,
         # The engine's own queue is the fair one; Serve holds back only what would make replicas uneven.
-        max_ongoing_requests=2 * max_sequences,
+        max_ongoing_requests=2 * engine.max_sequences,
         ray_actor_options={"num_cpus": num_cpus},
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
@@ -104,6 +128,6 @@ def application(
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(
-        str(folder), name, policy, max_tokens, max_sequences, max(1, int(num_cpus))
+        str(folder), name, policy, max_tokens, engine, max(1, int(num_cpus))
     )
     return bound

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["fp32", "bf16"]
 AttentionKind = Literal["block_causal", "bidirectional", "causal"]
+ComputeDtype = Literal["saved", "float32", "bfloat16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 
 # A token id that no model has: an autoregressive source has no mask token.
