@@ -19,7 +19,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # Hugging Face's default at saving; a file system without large files still holds one.
 MAX_SHARD_BYTES = 5_000_000_000
 # A file stays mapped while it is read, and mapped pages count as resident: open it anew after this many bytes.
-_MAPPED_BYTES = 256 * 2**20
+_MAPPED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class ShardedTensors:
         return str(self.folder / (SINGLE_FILE if self.index_text is None else INDEX_FILE))
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, in file order, in memory of its own; at most a tensor and 256 MiB of a file besides."""
+        """Every tensor, in file order, as a view of its file: copy what is to stay. At most 64 MiB are mapped at a time
+        (or the one tensor that is larger)."""
         for file in self.metadata:
             names = [name for name, entry in self.entries.items() if entry.file == file]
             while names:
@@ -67,7 +68,7 @@ class ShardedTensors:
                     while names and budget > 0:
                         budget -= self.entries[names[0]].num_bytes
                         name = names.pop(0)
-                        yield name, reader.get_tensor(name).clone()
+                        yield name, reader.get_tensor(name)
 
     def _files(self) -> list[str]:
         index = self.folder / INDEX_FILE

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench.small_checkpoints import CONFIGS, MASK, VOCAB_SIZE, random_tensors, write_small, write_weights
+from bench.small_checkpoints import (
+    CONFIGS,
+    MASK,
+    VOCAB_SIZE,
+    random_tensors,
+    tensor_shapes,
+    write_small,
+    write_weights,
+)
 from safetensors.torch import load_file, save_file
 from tests.kernels.plain_families import plain_logits
 
@@ -320,3 +330,19 @@ def test_a_padded_vocabulary_is_fine_and_a_larger_tokenizer_is_not(tmp_path: Pat
     tokenizer.save(str(folder / "tokenizer.json"))
     with pytest.raises(CheckpointError, match=f"allowed: at most the model's vocab_size {VOCAB_SIZE}"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_never_holds_a_second_copy(dtype: str, tmp_path: Path) -> None:
+    config = CONFIGS["sdar"] | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10}
+    folder = write_small(tmp_path, config | {"num_hidden_layers": 0}, sharded=False)
+    content = json.loads((folder / "config.json").read_text()) | config | {"torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(content))
+    zeros = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in tensor_shapes(config).items()}
+    write_weights(folder, zeros, sharded=False)
+    script = Path(__file__).resolve().parents[2] / "bench" / "load_memory.py"
+    done = subprocess.run([sys.executable, script, folder, dtype], capture_output=True, text=True, check=True)
+    measured = json.loads(done.stdout)
+    assert measured["weights_bytes"] > 240 * 2**20
+    # 64 MiB of the file and what the allocator rounds up; a second copy would be at least 240 MiB.
+    assert measured["peak_bytes"] < measured["weights_bytes"] + 80 * 2**20
