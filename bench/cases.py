@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-MODULES = ("cases_attention", "cases_projection")
+MODULES = ("cases_attention", "cases_head")
 
 Inputs = tuple[Any, ...]
 Outputs = tuple[torch.Tensor, ...]
