@@ -25,7 +25,8 @@ def apply_rope(
         x: [..., H, D]; components from 2·D' on pass through.
         cos, sin: [..., 1, D'], D' <= D / 2, gathered by position. The products have the wider type of the two, the
             result x's.
-        impl: None = fused for CUDA tensors; else accumulated for fp32 without a gradient, else reference.
+        impl: None = fused for CUDA tensors; else accumulated for fp32 and bf16 without a gradient, else
+            reference.
     Errors:
         ResourceError: fused was asked for where it cannot run.
     """
@@ -74,4 +75,5 @@ def rope_and_write(
 
 
 def _overwritable(x: torch.Tensor, cos: torch.Tensor) -> bool:
-    return x.dtype == cos.dtype == torch.float32 and not (torch.is_grad_enabled() and x.requires_grad)
+    narrow = x.dtype in (torch.float32, torch.bfloat16)
+    return narrow and cos.dtype == torch.float32 and not (torch.is_grad_enabled() and x.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fewstep.kernels.norm import rms_norm
@@ -41,3 +42,16 @@ def test_rope_scores_depend_on_the_distance_only() -> None:
 
     torch.testing.assert_close(score(9, 4), score(60, 55), rtol=1e-4, atol=1e-5)
     assert (score(9, 4) - score(9, 6)).abs() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 5), (3, 40, 64), (256, 96)])
+def test_the_widened_norm_rounds_once(shape: tuple[int, ...]) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 9).bfloat16()
+    weight = torch.linspace(-2.0, 3.0, shape[-1]).bfloat16()
+    with torch.inference_mode():
+        out = rms_norm(x, weight, 1e-5)
+        assert torch.equal(out, rms_norm(x, weight, 1e-5, impl="widened"))
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert out.dtype == torch.bfloat16
+    # Half a unit in bfloat16's last place, and float32's rounding before it.
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-6)
