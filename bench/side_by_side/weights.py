@@ -8,15 +8,14 @@ which makes positions differ through their rotation, and the head is large enoug
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench.side_by_side.settings import ModelSizes
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bench.side_by_side.sizes import ModelSizes
 from fewstep.platform.artifacts import atomic_folder
 
 FORMATS = ("llada", "sdar", "llada2", "qwen3")
@@ -115,7 +114,13 @@ def llada2_state(sdar: State, sizes: ModelSizes) -> State:
         state[at + "attention.query_layernorm.weight"] = sdar[at + "self_attn.q_norm.weight"]
         state[at + "attention.key_layernorm.weight"] = sdar[at + "self_attn.k_norm.weight"]
         state[at + "attention.dense.weight"] = sdar[at + "self_attn.o_proj.weight"]
-        for name in ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ):
             state[at + name + ".weight"] = sdar[at + name + ".weight"]
     return state
 

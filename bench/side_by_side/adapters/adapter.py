@@ -30,9 +30,11 @@ class Trace:
     the margin (best logit less second best) and the log-probability tell a near-tie from a mistake.
     """
 
-    def __init__(self, prompts: list[list[int]], mask_token_id: int) -> None:
-        self.prompts, self.mask_token_id = prompts, mask_token_id
-        self.forwards: list[list[tuple[int, list[int], list[int], list[float], list[float]]]] = [[] for _ in prompts]
+    def __init__(self, prompts: list[list[int]], mask_token_id: int, block_size: int) -> None:
+        self.prompts, self.mask_token_id, self.block_size = prompts, mask_token_id, block_size
+        self.forwards: list[list[tuple[int, list[int], list[int], list[float], list[float]]]] = [
+            [] for _ in prompts
+        ]
 
     def add(self, sequence: int, first: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """One sequence's rows: int64 [R] and [R, V] (or the last rows of them)."""
@@ -40,13 +42,19 @@ class Trace:
         best, chosen = scores.topk(2, dim=-1)
         logprob = best[:, 0] - scores.logsumexp(-1)
         self.forwards[sequence].append(
-            (first, tokens.tolist(), chosen[:, 0].tolist(), logprob.tolist(), (best[:, 0] - best[:, 1]).tolist())
+            (
+                first,
+                tokens.tolist(),
+                chosen[:, 0].tolist(),
+                logprob.tolist(),
+                (best[:, 0] - best[:, 1]).tolist(),
+            )
         )
 
     def openings(self, answers: list[list[int]]) -> list[list[list[list[float]]]]:
         """For each sequence the forwards that opened something, each a list of
-        `[position, opened (0 or 1), token, log-probability, margin]` over the positions that were still masked in
-        the block it worked on (the positions it opened and, of the others, those up to the last one of the block)."""
+        `[position, opened (0 or 1), token, log-probability, margin]` over the masked positions of its block;
+        positions count from the end of the prompt."""
         return [
             self._openings(number, len(prompt), answer)
             for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True))
@@ -68,9 +76,18 @@ class Trace:
                     continue
                 opened = last_masked[position] == index
                 at = offset - (len(tokens) - len(chosen))
-                rows.append([position, int(opened), answer[position] if opened else chosen[at], logprob[at], margin[at]])
-            if any(row[1] for row in rows):
-                found.append(rows)
+                rows.append(
+                    [
+                        position,
+                        int(opened),
+                        answer[position] if opened else chosen[at],
+                        logprob[at],
+                        margin[at],
+                    ]
+                )
+            blocks = {row[0] // self.block_size for row in rows if row[1]}
+            if blocks:
+                found.append([row for row in rows if row[0] // self.block_size in blocks])
         return found
 
 
@@ -102,6 +119,15 @@ class Adapter:
         """Absolute position of a forward's first row."""
         del tokens, arguments
         return 0
+
+    def openings(self, answers: list[list[int]]) -> list[list[list[list[float]]]]:
+        """What the traced forwards of the last `generate` opened (see `Trace.openings`)."""
+        assert self.trace is not None
+        return self.trace.openings(answers)
+
+    def measure(self, message: Message) -> Message:
+        """Answer `{"op": "measure", ...}`, for what only one adapter can measure."""
+        raise NotImplementedError(f"{type(self).__name__} measures nothing but answers")
 
     def watch(self, model: torch.nn.Module) -> None:
         """Count `model`'s forwards and rows, and record them while a trace is wanted."""
@@ -140,11 +166,13 @@ def run_generate(adapter: Adapter, message: Message) -> Message:
     """Time one `generate`; recording slows the model down, so a traced run reports no seconds."""
     prompts = message["prompts"]
     adapter.forwards = adapter.rows = 0
-    adapter.trace = Trace(prompts, message["mask_token_id"]) if message["trace"] else None
+    adapter.trace = (
+        Trace(prompts, message["mask_token_id"], message["block_size"]) if message["trace"] else None
+    )
     with torch.inference_mode():
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         answers = adapter.generate(prompts, message)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     reply: Message = {
         "tokens": answers,
         "forwards": adapter.forwards,
@@ -152,8 +180,8 @@ def run_generate(adapter: Adapter, message: Message) -> Message:
         "batched": adapter.batches or len(prompts) == 1,
     }
     if adapter.trace is None:
-        return reply | {"seconds": seconds}
-    reply["openings"] = adapter.trace.openings(answers)
+        return reply | {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    reply["openings"] = adapter.openings(answers)
     adapter.trace = None
     return reply
 
@@ -168,10 +196,14 @@ def run_load(adapter: Adapter, message: Message) -> Message:
 
 def answer_to(adapter: Adapter, message: Message) -> Message:
     """The reply to one message; a failure is a reply too, since the other side must not wait for ever."""
-    operations = {"load": run_load, "generate": run_generate}
+    operations = {
+        "load": run_load,
+        "generate": run_generate,
+        "measure": lambda adapter, m: adapter.measure(m),
+    }
     try:
         return operations[message["op"]](adapter, message)
-    except Exception as error:  # whatever a peer raises, this row alone is lost
+    except Exception as error:  # noqa: BLE001, whatever a peer raises, its row alone is lost
         import traceback
 
         traceback.print_exc()
@@ -179,7 +211,9 @@ def answer_to(adapter: Adapter, message: Message) -> Message:
         return {"error": f"{type(error).__name__}: {text[0] if text else 'no message'}"[:300]}
 
 
-def serve(adapter: Adapter, messages: Iterator[Message] | None = None, send: Callable[[Message], None] | None = None) -> None:
+def serve(
+    adapter: Adapter, messages: Iterator[Message] | None = None, send: Callable[[Message], None] | None = None
+) -> None:
     """Answer messages until `close` or the end of input."""
     if messages is None or send is None:
         with claimed_stdout() as channel:

@@ -68,13 +68,17 @@ VISION = {
 
 
 def text_config(sizes: Message) -> Message:
-    """The peer's names for the sizes; every layer attends to everything, as ours does."""
+    """The peer's names for the sizes. Every layer attends to everything, as ours does; a layer has a dense and an expert
+    part, so one expert gets half of the inner size."""
     heads = sizes["num_attention_heads"]
     dim = sizes["hidden_size"] // heads
     return {
         "vocab_size": sizes["vocab_size"],
         "hidden_size": sizes["hidden_size"],
-        "intermediate_size": sizes["intermediate_size"],
+        "intermediate_size": sizes["intermediate_size"] // 2,
+        "moe_intermediate_size": sizes["intermediate_size"] // 2,
+        "num_experts": 1,
+        "top_k_experts": 1,
         "num_hidden_layers": sizes["num_hidden_layers"],
         "num_attention_heads": heads,
         "num_key_value_heads": sizes["num_key_value_heads"],

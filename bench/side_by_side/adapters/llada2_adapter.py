@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import torch
 from adapter import Adapter, Message, checkout, serve, torch_dtype
 
 # More than any probability: the threshold never opens anything and the schedule decides.
@@ -43,7 +42,9 @@ class LLaDA2(Adapter):
         self.watch(self.model)
         self.sampler = sampler.LLaDA2Sampler
 
-    def _cast_mask(self, _module: Any, positional: tuple[Any, ...], named: Message) -> tuple[tuple[Any, ...], Message]:
+    def _cast_mask(
+        self, _module: Any, positional: tuple[Any, ...], named: Message
+    ) -> tuple[tuple[Any, ...], Message]:
         return positional, named | {"attention_mask": named["attention_mask"].to(self.dtype)}
 
     def generate(self, prompts: list[list[int]], settings: Message) -> list[list[int]]:

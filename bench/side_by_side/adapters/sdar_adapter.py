@@ -73,14 +73,18 @@ class SDAR(Adapter):
         stand_in("flash_attn.ops.triton.layer_norm", rms_norm_fn=rms_norm)
         sdar = stand_in("sdar_modelling")
         sdar.__path__ = [str(folder)]
-        stand_in("sdar_modelling.fused_linear_diffusion_cross_entropy", FusedLinearDiffusionCrossEntropyLoss=None)
+        stand_in(
+            "sdar_modelling.fused_linear_diffusion_cross_entropy", FusedLinearDiffusionCrossEntropyLoss=None
+        )
         sys.path.insert(0, str(generate_file.parent))
         import generate
 
         module = importlib.import_module("sdar_modelling.modeling_sdar")
         generate.sample_with_temperature_topk_topp = greedy
         self.loop = generate.block_diffusion_generate
-        self.model = module.SDARForCausalLM.from_pretrained(message["model"], dtype=torch_dtype(message)).eval()
+        self.model = module.SDARForCausalLM.from_pretrained(
+            message["model"], dtype=torch_dtype(message)
+        ).eval()
         self.watch(self.model)
 
     def first_position(self, tokens: torch.Tensor, arguments: Message) -> int:

@@ -29,7 +29,9 @@ class VLLM(Adapter):
         size = settings["max_tokens"]
         done = self.engine.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            SamplingParams(temperature=0.0, max_tokens=size, min_tokens=size, ignore_eos=True, detokenize=False),
+            SamplingParams(
+                temperature=0.0, max_tokens=size, min_tokens=size, ignore_eos=True, detokenize=False
+            ),
             use_tqdm=False,
         )
         self.forwards = size
