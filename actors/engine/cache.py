@@ -7,6 +7,7 @@ D head dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -35,17 +36,27 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def num_pages_for(
-    config: ModelConfig, dtype: torch.dtype, max_sequences: int, memory_bytes: int | None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_sequences: int,
+    memory_bytes: int | None,
 ) -> int:
     """Pages that fit the budget; never more than all sequences at full context can use.
 
     Args:
-        memory_bytes: None = what all sequences can use, but no more than half of the memory that is free now.
+        memory_bytes: None = what all sequences can use, but no more than half of the device's memory that is free now.
     """
     size = page_bytes(config, dtype)
     usable = max_sequences * (-(-context_length(config) // page_size(config)))
-    budget = memory_bytes if memory_bytes is not None else psutil.virtual_memory().available // 2
+    budget = memory_bytes if memory_bytes is not None else _free_bytes(device) // 2
     return min(usable, budget // size)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 class PageStore:
@@ -133,6 +144,14 @@ class RowGroup:
         return cls(first_row, num_rows, own_block, page_table.to(device), bounds.to(device), plan)
 
 
+class StaleRows(NamedTuple):
+    """int64 [m] packed rows, int64 [m] index of the sequence each belongs to, and how many such sequences there are."""
+
+    rows: torch.Tensor
+    owner: torch.Tensor
+    num_sequences: int
+
+
 class PackedAttention:
     """The attention callback of one forward: keys that became final go into their pages, then a group at a time.
 
@@ -142,8 +161,7 @@ class PackedAttention:
     Args:
         destination: int64 [R], flat position in the pages (page · s + offset), -1 for rows that are not kept; None: no
             row is.
-        stale: rows [m] of sequences whose approximate cache this forward refreshes, and the index [m] of the
-            sequence each belongs to; None where there are none.
+        stale: rows of sequences whose approximate cache this forward refreshes; None where there are none.
     Attributes:
         drift: float32 [number of sequences with stale rows], ‖K - K'‖ / ‖K‖ summed over layers.
     """
@@ -153,12 +171,10 @@ class PackedAttention:
         store: PageStore,
         groups: list[RowGroup],
         destination: torch.Tensor | None,
-        stale: tuple[torch.Tensor, torch.Tensor] | None = None,
+        stale: StaleRows | None = None,
     ) -> None:
         self.store, self.groups, self.destination, self.stale = store, groups, destination, stale
-        self.drift = torch.zeros(
-            int(stale[1].max()) + 1 if stale is not None else 0, device=store.keys.device
-        )
+        self.drift = torch.zeros(0 if stale is None else stale.num_sequences, device=store.keys.device)
 
     def __call__(
         self,
@@ -173,7 +189,7 @@ class PackedAttention:
         keys, values = self.store.keys[layer], self.store.values[layer]
         old = None
         if self.stale is not None and self.destination is not None:
-            old = keys.flatten(0, 1)[self.destination[self.stale[0]]]
+            old = keys.flatten(0, 1)[self.destination[self.stale.rows]]
         q = apply_rope(q, cos, sin)
         k = rope_and_write(k[0], v[0], cos[0, :, 0], sin[0, :, 0], self.destination, keys, values)
         if old is not None:
@@ -213,7 +229,7 @@ class PackedAttention:
 
     def _add_drift(self, old: torch.Tensor, k: torch.Tensor) -> None:
         assert self.stale is not None
-        rows, owner = self.stale
+        rows, owner = self.stale.rows, self.stale.owner
         new = k[rows].float()
         changed = torch.zeros_like(self.drift).index_add_(
             0, owner, (new - old.float()).square().flatten(1).sum(1)

@@ -21,7 +21,6 @@ from fewstep.kernels.confidence import (
     POLICY_KINDS,
     Candidates,
     CanvasBlock,
-    Committed,
     PolicyTensors,
     commit,
     keyed_uniform,
@@ -38,29 +37,48 @@ class LiveBlocks:
     """The live blocks of the sequences that decide in a forward, as they stand before it.
 
     Attributes:
-        sequences: m of them; slots: int64 [m].
-        where: (slots [m, 1], positions [m, W]) into the canvases.
-        block: their tokens and masks; active: bool [m, W], what goes through the head.
-        active_rows: int64 [A], packed rows of the active positions, in row-major order of `active`.
+        slots: int64 [m]; where: (slots [m, 1], positions [m, W]) into the canvases.
+        block: their tokens and masks; active: bool [m, W], what the head is asked about.
     """
 
-    sequences: list[Sequence]
     slots: torch.Tensor
     where: tuple[torch.Tensor, torch.Tensor]
     block: CanvasBlock
     active: torch.Tensor
-    active_rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a forward did to the live blocks, on the device.
+
+    Attributes:
+        report: int64 [m, 4 + W], the numbers of a `BlockReport` in its order.
+        edited: bool [m, W], tokens that were replaced; tokens, steps, logprobs: [m, W], what stood there before.
+    """
+
+    report: torch.Tensor
+    edited: torch.Tensor
+    tokens: torch.Tensor
+    steps: torch.Tensor
+    logprobs: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What the model is given: int64 [1, R] tokens and positions, who sees whom, and the live blocks among the rows."""
+    """What the model is given: int64 [1, R] tokens and positions, who sees whom, and the live blocks among the rows.
+
+    Attributes:
+        asked: (row, column) of the active positions of `live`, int64 [A] each, in row-major order.
+        rows: int64 [A], their packed rows.
+    """
 
     geometry: Geometry
     tokens: torch.Tensor
     positions: torch.Tensor
     attention: PackedAttention
     live: LiveBlocks
+    asked: tuple[torch.Tensor, torch.Tensor]
+    rows: torch.Tensor
 
 
 class BlockReport(NamedTuple):
@@ -82,12 +100,17 @@ class BlockReport(NamedTuple):
 
 
 class Canvases:
-    """State of every slot, as tensors over slots; nothing here is proportional to the vocabulary."""
+    """State of every slot, as tensors over slots; nothing here is proportional to the vocabulary.
+
+    Behind the slots of requests lies one more, whose canvas has nothing to write: `sink_slot`, where padding goes. The
+    last column of every canvas, `sink`, is for what stands behind a block's end.
+    """
 
     def __init__(self, config: ModelConfig, num_slots: int, store: PageStore, device: torch.device) -> None:
         self.config, self.store, self.device = config, store, device
         self._geometry: Geometry | None = None
-        columns = context_length(config) + 1  # the last one is the sink
+        self.sink_slot, self.sink = num_slots, context_length(config)
+        num_slots, columns = num_slots + 1, self.sink + 1
         self.tokens = torch.full((num_slots, columns), config.mask_token_id, device=device)
         self.step_map = torch.full((num_slots, columns), -1, dtype=torch.int16, device=device)
         self.confidence = torch.full((num_slots, columns), torch.nan, device=device)
@@ -128,31 +151,48 @@ class Canvases:
         """The next forward, from the spans and the canvases as they stand."""
         geometry = self._geometry
         if geometry is None or not geometry.reusable or geometry.key != key_of(spans):
-            geometry = geometry_of(
-                spans, self.store, self.tokens.shape[1] - 1, int(self.config.logit_shift), self.device
-            )
+            shift = int(self.config.logit_shift)
+            geometry = geometry_of(spans, self.store, self.sink, shift, self.device)
             self._geometry = geometry
+        editing = any(sequence.edits_block for sequence in geometry.deciding)
+        live = self.live_blocks(geometry.live_slots, geometry.live_positions, geometry.inside, editing)
+        # Looked up once: on a GPU every use of a mask as an index waits for the count.
+        row, column = live.active.nonzero().unbind(1)
         return Forward(
             geometry,
             self.tokens[geometry.slots, geometry.positions][None],
             geometry.positions[None],
             PackedAttention(self.store, geometry.groups, geometry.destination, geometry.stale),
-            self._live(geometry),
+            live,
+            (row, column),
+            geometry.live_rows[row, column],
         )
 
-    def _live(self, geometry: Geometry) -> LiveBlocks:
-        slots, positions = geometry.live_slots, geometry.live_positions
+    def forget_geometry(self) -> None:
+        """The next forward is not the one behind the last that `forward` was asked for."""
+        self._geometry = None
+
+    def live_blocks(
+        self, slots: torch.Tensor, positions: torch.Tensor, inside: torch.Tensor | None, editing: bool
+    ) -> LiveBlocks:
+        """Live blocks as they stand.
+
+        Args:
+            slots: int64 [m]; positions: int64 [m, W], the sink behind a block's end; inside: bool [m, W], not behind
+                it, None = all are.
+            editing: whether a sequence among them may edit.
+        """
         where = (slots[:, None], positions)
         tokens = self.tokens[where]
         generated = (positions >= self.start[slots, None]) & (positions < self.stop[slots, None])
-        if geometry.inside is not None:
-            generated &= geometry.inside
+        if inside is not None:
+            generated &= inside
         masked = generated & (tokens == self.config.mask_token_id)
         ends, active = self.ends[slots], masked
-        if any(sequence.edits_block for sequence in geometry.deciding):
+        if editing:
             active = masked | self._editable(slots, tokens, generated, ends)
         block = CanvasBlock(tokens, masked, generated, ends, self.config.eos_token_id)
-        return LiveBlocks(geometry.deciding, slots, where, block, active, geometry.live_rows[active])
+        return LiveBlocks(slots, where, block, active)
 
     def _editable(
         self, slots: torch.Tensor, tokens: torch.Tensor, generated: torch.Tensor, ends: torch.Tensor
@@ -163,39 +203,68 @@ class Canvases:
         editable: torch.Tensor = generated & ~behind & self.edit_threshold[slots, None].isfinite()
         return editable
 
-    def decide(self, live: LiveBlocks, hidden: torch.Tensor, model: Transformer) -> list[BlockReport]:
-        """Choose and write tokens after a forward; reports in the order of `live.sequences`.
+    def decide(self, forward: Forward, hidden: torch.Tensor, model: Transformer) -> list[BlockReport]:
+        """Choose and write tokens after a forward; reports in the order of its geometry's `deciding`.
 
         Args:
-            hidden: [A, d], final-normed, of the active rows.
+            hidden: [A, d], final-normed, of `forward.rows`.
         """
-        candidates, logprob = self._candidates(live, hidden, model)
-        done = commit(live.block, candidates, self._policies(live))
+        sequences, live = forward.geometry.deciding, forward.live
+        candidates, logprob = self._candidates(forward, hidden, model)
+        steps = self._tensor(np.array([sequence.step for sequence in sequences], np.int64))
+        last = [is_last_step(sequence) for sequence in sequences]
+        decision = self.write(
+            live, candidates, logprob, steps, self._tensor(np.array(last)) if any(last) else None
+        )
+        return reports_of(sequences, decision.report.tolist(), decision)
+
+    def write(
+        self,
+        live: LiveBlocks,
+        candidates: Candidates,
+        logprob: torch.Tensor,
+        steps: torch.Tensor,
+        last: torch.Tensor | None,
+    ) -> Decision:
+        """Commit candidates to the canvases. No shape depends on the data and nothing is read back.
+
+        Args:
+            candidates, logprob: [m, W], what every active position would write; where none is active the token that
+                stands there and 0.
+            steps: int64 [m], deciding forwards before this one; last: bool [m], open all that is masked, None = nobody.
+        """
+        where, slots = live.where, live.slots
+        at_least = self.at_least[slots]
+        if last is not None:
+            at_least = torch.where(last, live.active.shape[1], at_least)
+        edits = torch.ones_like(slots, dtype=torch.bool)
+        policy = PolicyTensors(
+            self.kind[slots], self.number[slots], at_least, self.edit_threshold[slots], edits
+        )
+        done = commit(live.block, candidates, policy)
         chosen, written = done.opened | done.edited, done.opened | done.edited | done.filled
-        if any(sequence.edits_block for sequence in live.sequences):
-            self._log_edits(live, done)
-        step = self._tensor(np.array([[sequence.step] for sequence in live.sequences], np.int16))
-        where = live.where
+        old_steps, old_logprobs = self.step_map[where], self.logprob[where]
         self.tokens[where] = done.tokens
-        self.step_map[where] = torch.where(written, step, self.step_map[where])
-        for store, value in ((self.confidence, candidates.confidence), (self.logprob, logprob)):
-            store[where] = torch.where(chosen, value, store[where])
+        self.step_map[where] = torch.where(written, steps[:, None].to(torch.int16), old_steps)
+        self.logprob[where] = torch.where(chosen, logprob, old_logprobs)
+        self.confidence[where] = torch.where(chosen, candidates.confidence, self.confidence[where])
         failed = ~logprob.isfinite().all(-1)
         numbers = torch.stack((failed.long(), done.first_mask, done.first_end, done.edited.sum(-1)), dim=1)
-        rows = torch.cat((numbers, done.tokens), dim=1).tolist()
-        return [BlockReport(bool(row[0]), row[1], row[2], row[3], row[4:]) for row in rows]
+        report = torch.cat((numbers, done.tokens), dim=1)
+        return Decision(report, done.edited, live.block.tokens, old_steps, old_logprobs)
 
     def _candidates(
-        self, live: LiveBlocks, hidden: torch.Tensor, model: Transformer
+        self, forward: Forward, hidden: torch.Tensor, model: Transformer
     ) -> tuple[Candidates, torch.Tensor]:
         """What every active position would write, and its log-probability float32 [m, W]."""
-        active, policies = live.active, [sequence.request.policy for sequence in live.sequences]
-        owner = active.nonzero()[:, 0]
+        live, sequences = forward.live, forward.geometry.deciding
+        policies = [sequence.request.policy for sequence in sequences]
+        owner, column = forward.asked
         slots = live.slots[owner]
         uniform = None
         if any(policy.temperature > 0 for policy in policies):
-            steps = self._tensor(np.array([sequence.step for sequence in live.sequences], np.int64))
-            uniform = keyed_uniform(self.seed[slots], live.where[1][active], steps[owner])
+            steps = self._tensor(np.array([sequence.step for sequence in sequences], np.int64))
+            uniform = keyed_uniform(self.seed[slots], live.where[1][owner, column], steps[owner])
         stats = head_confidence(
             hidden,
             torch.arange(len(hidden), device=hidden.device),
@@ -208,39 +277,40 @@ class Canvases:
             nucleus=any(policy.top_p < 1.0 for policy in policies),
             packed=model.packed_head,
         )
-        dense = torch.zeros((3, *active.shape), device=hidden.device)
-        dense[0, active], dense[1, active] = stats.confidence, stats.logprob
+        dense = torch.zeros((3, *live.active.shape), device=hidden.device)
+        dense[0, owner, column], dense[1, owner, column] = stats.confidence, stats.logprob
         if stats.entropy is not None:
-            dense[2, active] = stats.entropy
+            dense[2, owner, column] = stats.entropy
         # Where the head was not asked the candidate is what stands there, so nothing is edited.
-        token = live.block.tokens.clone()
-        token[active] = stats.token
+        token = live.block.tokens.index_put((owner, column), stats.token)
         return Candidates(token, dense[0], dense[2] if stats.entropy is not None else None), dense[1]
-
-    def _policies(self, live: LiveBlocks) -> PolicyTensors:
-        slots, num = live.slots, len(live.sequences)
-        at_least = self.at_least[slots]
-        limits = [sequence.request.policy.max_steps_per_block for sequence in live.sequences]
-        last = [
-            limit is not None and sequence.block_step + 1 >= limit
-            for limit, sequence in zip(limits, live.sequences, strict=True)
-        ]
-        if any(last):
-            at_least = torch.where(self._tensor(np.array(last)), live.active.shape[1], at_least)
-        everyone = torch.ones(num, dtype=torch.bool, device=self.device)
-        return PolicyTensors(
-            self.kind[slots], self.number[slots], at_least, self.edit_threshold[slots], everyone
-        )
-
-    def _log_edits(self, live: LiveBlocks, done: Committed) -> None:
-        """Remember what is about to be written over."""
-        where = live.where
-        old = (live.block.tokens, self.step_map[where], self.logprob[where])
-        for row, column in done.edited.nonzero().tolist():
-            sequence = live.sequences[row]
-            position = sequence.live + column - len(sequence.request.prompt_ids)
-            token, step, logprob = (values[row, column].item() for values in old)
-            sequence.edits.append(Overwritten(position, int(step), int(token), float(logprob)))
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def is_last_step(sequence: Sequence) -> bool:
+    """Whether the step ahead is the last that a sequence's policy allows for its block."""
+    limit = sequence.request.policy.max_steps_per_block
+    return limit is not None and sequence.block_step + 1 >= limit
+
+
+def reports_of(sequences: list[Sequence], rows: list[list[int]], decision: Decision) -> list[BlockReport]:
+    """Reports of the first sequences of a decision; what was written over is noted in each sequence.
+
+    Args:
+        rows: of `decision.report`, on the host.
+    """
+    reports = [BlockReport(bool(row[0]), row[1], row[2], row[3], row[4:]) for row in rows]
+    if any(report.num_edits for report in reports):
+        _log_edits(sequences, decision)
+    return reports
+
+
+def _log_edits(sequences: list[Sequence], decision: Decision) -> None:
+    for row, column in decision.edited.nonzero().tolist():
+        sequence = sequences[row]
+        position = sequence.live + column - len(sequence.request.prompt_ids)
+        old = (values[row, column].item() for values in (decision.tokens, decision.steps, decision.logprobs))
+        token, step, logprob = old
+        sequence.edits.append(Overwritten(position, int(step), int(token), float(logprob)))

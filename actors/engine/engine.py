@@ -8,13 +8,14 @@ import torch
 from tokenizers import Tokenizer
 
 from fewstep.actors.engine.cache import PageStore, num_pages_for, page_bytes, page_size
-from fewstep.actors.engine.canvas import Canvases
+from fewstep.actors.engine.canvas import BlockReport, Canvases
 from fewstep.actors.engine.pages import PagePool
 from fewstep.actors.engine.progress import Outcome, advance
 from fewstep.actors.engine.record import record
 from fewstep.actors.engine.request import Request, Update, check_model, check_pages
-from fewstep.actors.engine.scheduler import Scheduler
+from fewstep.actors.engine.scheduler import Scheduler, Span
 from fewstep.actors.engine.scheduler import Sequence as Running
+from fewstep.actors.engine.static_step import StaticSteps
 from fewstep.actors.engine.text import TextStream, decode, find_stop
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.errors import CheckpointError, RequestError
@@ -38,6 +39,8 @@ class Engine:
         merged_commit: whether a finished block's keys and values are written by the first forward of the next block, or
             by a forward of their own (same tokens, more forwards).
         max_rows: rows of a prompt that a request computes in one forward; None = all.
+        static_steps: run forwards whose shapes allow it as steps of fixed shape (see `StaticSteps`), on a GPU as CUDA
+            graphs; None = on a GPU, unless the model is a mixture of experts. Same tokens either way.
 
     Raises:
         CheckpointError: a model that is not denoised block by block or as a whole.
@@ -57,6 +60,7 @@ class Engine:
         prefix_cache: bool = True,
         merged_commit: bool = True,
         max_rows: int | None = None,
+        static_steps: bool | None = None,
     ) -> None:
         check_model(model.config)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
@@ -65,11 +69,15 @@ class Engine:
         self.forwards = self.committed_tokens = self.rows = 0
         self._drift_sum, self._drift_count = 0.0, 0
         weight = model.head_weight
-        num_pages = num_pages_for(self.config, weight.dtype, max_sequences, memory_bytes)
+        num_pages = num_pages_for(self.config, weight.dtype, weight.device, max_sequences, memory_bytes)
         self._page_bytes = page_bytes(self.config, weight.dtype)
         self._store = PageStore(self.config, num_pages, weight.dtype, weight.device)
         self._pool = PagePool(num_pages, prefix_cache and self.config.attention_kind == "block_causal")
         self._canvases = Canvases(self.config, max_sequences, self._store, weight.device)
+        capture = weight.device.type == "cuda" and self.config.moe is None
+        self._static: StaticSteps | None = None
+        if capture if static_steps is None else static_steps:
+            self._static = StaticSteps(self.model, self._canvases, self._store, capture)
         self._scheduler = Scheduler(
             self.config, self._pool, page_size(self.config), max_sequences, merged_commit, max_rows
         )
@@ -95,7 +103,7 @@ class Engine:
         """Counts of the moment and since the start.
 
         pages_*: of the pool, `cached` ones hold a block for reuse and are given out when free ones run out;
-        page_bytes: bytes of one over all layers; prefix_hits, prefix_misses: blocks found and not found;
+        static_forwards: forwards run as steps of fixed shape; page_bytes: bytes of one over all layers; prefix_hits, prefix_misses: blocks found and not found;
         cache_drift: mean over refreshes of an approximate cache (see `Trajectory`).
         """
         pool, scheduler = self._pool, self._scheduler
@@ -104,6 +112,7 @@ class Engine:
             "num_waiting": self.num_waiting,
             "slots_free": len(scheduler.free_slots),
             "forwards": self.forwards,
+            "static_forwards": self._static.forwards if self._static is not None else 0,
             "rows": self.rows,
             "committed_tokens": self.committed_tokens,
             "pages_total": pool.num_pages,
@@ -186,24 +195,31 @@ class Engine:
         spans = self._scheduler.plan()
         if not spans:
             return []
-        forward = self._canvases.forward(spans)
-        live, spans = forward.live, forward.geometry.spans
-        hidden = self.model(forward.tokens, forward.positions, forward.attention, live.active_rows)[0]
-        reports = self._canvases.decide(live, hidden, self.model) if live.sequences else []
+        decided = self._static.run(spans) if self._static is not None else None
+        sequences, reports = self._run(spans) if decided is None else decided
         self.forwards += 1
-        self.rows += forward.tokens.shape[1]
         for span in spans:
+            self.rows += span.end - span.first
             span.sequence.forwards += 1
-        self._note_drift(forward.attention.drift, [span.sequence for span in spans if span.refreshes])
         updates = []
-        for sequence, report in zip(live.sequences, reports, strict=True):
+        for sequence, report in zip(sequences, reports, strict=True):
             live_end = sequence.live_end
             outcome = advance(sequence, report, self._block_size(sequence.request))
             if outcome.finished or outcome.failed or outcome.text_end > sequence.text_end:
-                update = self._settle(sequence, outcome, live_end)
+                update = self._settle(sequence, outcome, live_end, report.tokens)
                 if update.last or update.text or update.num_new_tokens:
                     updates.append(update)
         return updates
+
+    def _run(self, spans: list[Span]) -> tuple[list[Running], list[BlockReport]]:
+        """A forward over any spans; the deciding sequences and their reports."""
+        forward = self._canvases.forward(spans)
+        geometry = forward.geometry
+        hidden = self.model(forward.tokens, forward.positions, forward.attention, forward.rows)[0]
+        reports = self._canvases.decide(forward, hidden, self.model) if geometry.deciding else []
+        if refreshed := [span.sequence for span in geometry.spans if span.refreshes]:
+            self._note_drift(forward.attention.drift, refreshed)
+        return geometry.deciding, reports
 
     def generate(self, requests: Sequence[Request]) -> list[Trajectory]:
         """Run requests to their end; trajectories in request order.
@@ -274,8 +290,8 @@ class Engine:
                 )
             )  # fmt: skip
 
-    def _settle(self, sequence: Running, outcome: Outcome, live_end: int) -> Update:
-        """Text, token count and end of one sequence after a step that moved it."""
+    def _settle(self, sequence: Running, outcome: Outcome, live_end: int, block: list[int]) -> Update:
+        """Text, token count and end of one sequence after a step that moved it; `block` is what the step left there."""
         name, prompt = sequence.request.request_id, len(sequence.request.prompt_ids)
         if outcome.failed:
             return self._fail(sequence, "the model's logits are not finite")
@@ -283,7 +299,9 @@ class Engine:
         num_tokens = outcome.text_end - prompt + int(outcome.finished and outcome.eos)
         text, stopped = "", False
         if sequence.stream is not None:
-            ids = self._canvases.tokens[sequence.slot, prompt : outcome.text_end].tolist()
+            # A block that is done and followed by another has joined the ids already.
+            ids = sequence.ids if sequence.live == live_end else sequence.ids + block
+            ids = ids[prompt : outcome.text_end]
             try:
                 piece = sequence.stream.feed(ids, num_tokens, outcome.finished)
             except ValueError as error:

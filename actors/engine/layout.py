@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fewstep.actors.engine.cache import PageStore, RowGroup
+from fewstep.actors.engine.cache import PageStore, RowGroup, StaleRows
 from fewstep.actors.engine.scheduler import Sequence, Span
 
 IntArray = NDArray[np.int64]
@@ -45,7 +45,7 @@ class Geometry:
     positions: torch.Tensor
     groups: list[RowGroup]
     destination: torch.Tensor | None
-    stale: tuple[torch.Tensor, torch.Tensor] | None
+    stale: StaleRows | None
     deciding: list[Sequence]
     live_slots: torch.Tensor
     live_positions: torch.Tensor
@@ -161,13 +161,12 @@ def _groups(
     return groups
 
 
-def _stale(
-    spans: list[Span], owner: IntArray, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _stale(spans: list[Span], owner: IntArray, device: torch.device) -> StaleRows | None:
     refreshing = [index for index, span in enumerate(spans) if span.refreshes]
     if not refreshing:
         return None
     number = np.full(len(spans), -1)
     number[refreshing] = np.arange(len(refreshing))
     rows = np.flatnonzero(number[owner] >= 0)
-    return torch.from_numpy(rows).to(device), torch.from_numpy(number[owner[rows]]).to(device)
+    owners = torch.from_numpy(number[owner[rows]]).to(device)
+    return StaleRows(torch.from_numpy(rows).to(device), owners, len(refreshing))

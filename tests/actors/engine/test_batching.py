@@ -27,6 +27,8 @@ from tests.actors.engine.reference.requests import draw_decisive, draw_policy, d
 from fewstep.actors.engine.request import Request, Update
 from fewstep.platform.records import DecodePolicy
 
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
+
 KINDS = ("block_causal", "bidirectional")
 MANY = settings(max_examples=50, deadline=None, derandomize=True)
 

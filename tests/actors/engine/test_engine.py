@@ -26,6 +26,8 @@ from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.errors import CheckpointError, RequestError
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
+
 GREEDY = DecodePolicy(threshold=0.6)
 ONE_BY_ONE = DecodePolicy(kind="static", tokens_per_step=1)
 

@@ -21,6 +21,8 @@ from fewstep.actors.engine.request import Request
 from fewstep.kernels.attention import gathered
 from fewstep.kernels.head import tiled
 
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
+
 KINDS = ("block_causal", "bidirectional")
 SETUPS = {
     "plain": {},

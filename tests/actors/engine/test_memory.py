@@ -38,6 +38,8 @@ from fewstep.actors.engine.request import Request, Update
 from fewstep.platform.errors import RequestError
 from fewstep.platform.records import DecodePolicy, Trajectory
 
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
+
 KINDS = ("block_causal", "bidirectional")
 PHASES = {
     "static": DecodePolicy(kind="static", tokens_per_step=3),

@@ -38,6 +38,8 @@ from fewstep.actors.engine.request import Request, Update
 from fewstep.kernels.model.checkpoint import state_checksum
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
+
 POLICY = DecodePolicy(kind="static", tokens_per_step=2)
 OFFSETS = (-1, 0, 1)
 

@@ -20,6 +20,8 @@ from fewstep.actors.engine.request import Request
 from fewstep.platform.errors import RequestError
 from fewstep.platform.records import DecodePolicy
 
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
+
 KINDS = ("block_causal", "bidirectional")
 ONE_BY_ONE = DecodePolicy(kind="static", tokens_per_step=1)
 # Around block boundaries, at both ends and between.

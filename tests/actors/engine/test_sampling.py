@@ -10,6 +10,7 @@ import collections
 import random
 
 import pytest
+from tests.actors.engine.reference import models
 from tests.actors.engine.reference.compare import assert_equal, drain, result
 from tests.actors.engine.reference.models import VERSION, build_minute_model, build_tokenizer, engine_of
 from tests.actors.engine.reference.outcomes import Outcomes, chi_square, outcome_probabilities
@@ -19,6 +20,8 @@ from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
 from fewstep.platform.records import DecodePolicy, Trajectory
 from fewstep.platform.rng import derive_seed
+
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
 
 VOCABULARY = 6
 NUM_DRAWS = 3000
@@ -41,6 +44,7 @@ def sample(policy: DecodePolicy, number: int) -> collections.Counter[tuple[int, 
         build_tokenizer(VOCABULARY),
         max_sequences=100,
         weight_version=VERSION,
+        static_steps=models.STATIC_STEPS,
     )
     requests = [
         Request(str(i), (3,), policy.model_copy(update={"seed": derive_seed("sampling", i)}), max_tokens=3)

@@ -98,8 +98,8 @@ def soak(engine: Engine, traffic: Traffic, number: int, models: list[Transformer
     [
         ("block_causal", 4500, {"contexts": 12}),
         ("block_causal", 2000, {"contexts": 6, "merged_commit": False, "max_rows": 8}),
-        ("block_causal", 1500, {"contexts": None, "prefix_cache": False}),
-        ("bidirectional", 2000, {"contexts": 12}),
+        ("block_causal", 1500, {"contexts": None, "prefix_cache": False, "static_steps": True}),
+        ("bidirectional", 2000, {"contexts": 12, "static_steps": True}),
     ],
 )
 def test_ten_thousand_requests_leave_the_pool_as_it_was(

@@ -28,6 +28,8 @@ from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request, Update
 from fewstep.platform.records import DecodePolicy, Trajectory
 
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
+
 KINDS = ("block_causal", "bidirectional")
 
 

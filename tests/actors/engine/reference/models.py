@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from tests.kernels.device import DEVICE
 from tokenizers import Tokenizer, decoders, models
 
 from fewstep.actors.engine.engine import Engine
@@ -14,6 +15,8 @@ from fewstep.platform.records import WeightVersion
 
 MASK, EOS, PAD = 0, 1, 2
 BLOCK, CONTEXT = 8, 64
+# What `engine_of` gives its engines unless told otherwise; the fixture `both_ways_to_step` changes it.
+STATIC_STEPS: bool | None = None
 VERSION = WeightVersion("test", 0, "0" * 32)
 # Half of the words have two characters, so that a stop string can begin inside a token.
 WORDS = ["<|mask|>", "<|eos|>", "<|pad|>", *"abcdefghijklm", *(f"{c}{c.upper()}" for c in "nopqrstuvwxyz")]
@@ -104,11 +107,11 @@ def engine_of(
 ) -> Engine:
     """An engine over a model of its own; `settings` are further arguments of `Engine`."""
     return Engine(
-        build_model(seed, kind),
+        build_model(seed, kind).to(DEVICE),
         build_tokenizer(),
         max_sequences=max_sequences,
         weight_version=VERSION,
-        **settings,  # type: ignore[arg-type]
+        **{"static_steps": STATIC_STEPS, **settings},  # type: ignore[arg-type]
     )
 
 
