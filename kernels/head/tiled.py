@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from fewstep.kernels.confidence import RowStats
 from fewstep.kernels.linear import PackedWeight
 
-# Over eager torch, one core with AMX, bf16, d = 1,024 (bench/results/cpu-head.json): 128 rows of V = 32,768 1.4 to 1.7
-# times as fast, 256 rows of V = 126,464 2.1 to 2.5, drawing 1.8 to 4.7. Tiles of 1,024 and 16,384 lost 10-30 % to 4,096.
+# Over eager torch, one core with AMX, bf16, d = 1,024 (bench/results/cpu-head.json): 128 rows of V = 32,768 1.6 times as
+# fast, 256 rows of V = 126,464 2.1 times, 256 drawing rows 3.4 times. Tiles of 1,024 and 16,384 lost 10-30 % to 4,096.
 TILE = 4096
-# Below these it does not pay: 8 rows of V = 32,768 and 32 rows of V = 8,192 took a tenth longer.
-MIN_VOCABULARY, MIN_ELEMENTS = 1 << 14, 1 << 20
+# Below these it need not pay: 32 greedy rows of V = 32,768 took 0.7 to 1.1 times as long, 32 of V = 8,192 1.2 times.
+MIN_VOCABULARY, MIN_ELEMENTS = 1 << 14, 1 << 21
 # max(-1) with an index takes 0.41 ns an element and amax 0.07: maxima of parts first, an index only in the best one.
 _PART = 64
 # exp of anything lower is 0 in float32, and 0 · finite is 0 where 0 · -inf is NaN.

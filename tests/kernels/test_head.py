@@ -291,9 +291,9 @@ def test_a_large_vocabulary_is_tiled_on_the_cpu_and_a_small_one_is_not(
         tiled, "head_confidence", lambda *arguments: calls.append(arguments) or reference.head_confidence
     )
     for num_rows, vocabulary, asked, used in (
-        (64, 1 << 14, greedy(64), 1),
-        (63, 1 << 14, greedy(63), 0),
-        (64, 1 << 14, sampling(64), 1),
+        (128, 1 << 14, greedy(128), 1),
+        (127, 1 << 14, greedy(127), 0),
+        (128, 1 << 14, sampling(128), 1),
         (4096, 336, greedy(4096), 0),
     ):
         calls.clear()
