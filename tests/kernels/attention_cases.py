@@ -78,7 +78,9 @@ def sees(case: Case, n: int, position: int) -> bool:
     return position < case.prefix[n] or start <= position < end
 
 
-def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+def make(
+    case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device = DEVICE
+) -> Inputs:
     """Random numbers of `seed` in a layout that is the case's own; whatever nobody may read is NaN or no page."""
     generator = torch.Generator().manual_seed(seed)
     num, size = len(case.prefix), case.page_size
@@ -107,9 +109,9 @@ def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Input
     suffix = torch.tensor(case.suffix or ((0, 0),) * num)
     whole = (torch.tensor(case.prefix), suffix[:, 0], suffix[:, 1], own)
     return Inputs(
-        *(tensor.to(DEVICE, dtype) for tensor in (q, k, v, key_pages, value_pages)),
-        table.to(DEVICE),
-        *(numbers.to(DEVICE, torch.int32) for numbers in whole),
+        *(tensor.to(device, dtype) for tensor in (q, k, v, key_pages, value_pages)),
+        table.to(device),
+        *(numbers.to(device, torch.int32) for numbers in whole),
         case.own_block,
     )
 

@@ -8,19 +8,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.attention_cases import CASES, Case, exact, make
+from tests.kernels.attention_cases import CASES, Case, Inputs, exact, make
+from tests.kernels.device import DEVICE
 
 from fewstep.kernels.attention import GatherPlan, block_attention
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLEMENTATIONS = ["reference", "gathered"] + ["fused"] * HAS_TRITON
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton has no wheel for this system")
+CPU = torch.device("cpu")
+
+
+def inputs_for(impl: str, case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+    """`gathered` is the CPU's own."""
+    return make(case, dtype, seed, CPU if impl == "gathered" else DEVICE)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_it_is_the_softmax_over_what_is_visible(case: Case, impl: str) -> None:
-    inputs = make(case)
+    inputs = inputs_for(impl, case)
     out = block_attention(*inputs.arguments(), impl=impl)
     torch.testing.assert_close(out.double().cpu(), exact(case, inputs), rtol=1e-5, atol=1e-5)
 
@@ -39,7 +46,7 @@ def test_splits_are_joined_to_the_same(case: Case) -> None:
 @pytest.mark.parametrize("head_dim", [32, 128])
 def test_bfloat16_sums_in_float32(impl: str, head_dim: int) -> None:
     case = Case("bf16", 8, (21, 140), head_dim=head_dim, own_block=4)
-    inputs = make(case, torch.bfloat16)
+    inputs = inputs_for(impl, case, torch.bfloat16)
     out = block_attention(*inputs.arguments(), impl=impl)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double().cpu(), exact(case, inputs), rtol=2**-6, atol=2**-6)
@@ -68,7 +75,7 @@ def batches(draw: st.DrawFn) -> Case:
 @settings(deadline=None, max_examples=100)
 @given(case=batches())
 def test_gathered_is_the_reference_on_any_batch(case: Case) -> None:
-    inputs = make(case)
+    inputs = inputs_for("gathered", case)
     expected = block_attention(*inputs.arguments(), impl="reference")
     assert expected.isfinite().all()
     out = block_attention(*inputs.arguments(), impl="gathered")
@@ -76,7 +83,7 @@ def test_gathered_is_the_reference_on_any_batch(case: Case) -> None:
 
 
 def plan_of(case: Case, keep: bool = False, width: int = 64) -> tuple[GatherPlan, list[object]]:
-    inputs = make(case)
+    inputs = inputs_for("gathered", case)
     plan = GatherPlan(
         *inputs.arguments()[5:], num_rows=case.rows, page_size=case.page_size, width=width, keep=keep
     )
@@ -87,7 +94,7 @@ def test_a_plan_serves_every_layer() -> None:
     case = Case("plan", 8, (21, 40))
     plan, _ = plan_of(case)
     for layer in range(3):
-        arguments = make(case, seed=layer).arguments()
+        arguments = inputs_for("gathered", case, seed=layer).arguments()
         out = block_attention(*arguments, plan=plan, layer=layer)
         assert torch.equal(out, block_attention(*arguments, impl="gathered"))
         torch.testing.assert_close(out, block_attention(*arguments, impl="reference"))
@@ -98,7 +105,7 @@ def test_a_plan_that_keeps_its_pages_reads_them_once_and_new_rows_each_time() ->
     plan, arguments = plan_of(case, keep=True)
     first = block_attention(*arguments, plan=plan, layer=0)
     assert torch.equal(first, block_attention(*arguments, impl="gathered"))
-    other = make(case, seed=1).arguments()
+    other = inputs_for("gathered", case, seed=1).arguments()
     changed = [*other[:3], *arguments[3:]]
     expected = block_attention(*changed, impl="gathered")
     changed[3], changed[4] = torch.full_like(changed[3], torch.nan), torch.full_like(changed[4], torch.nan)
