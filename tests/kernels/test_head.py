@@ -220,6 +220,21 @@ def test_a_draw_crosses_the_tempered_distribution(impl: str, shape: tuple[int, i
     assert_drawn(stats, logits, asked["temperature"], asked["uniform"])
 
 
+def test_rows_and_settings_need_not_be_contiguous(impl: str) -> None:
+    hidden, weight, rows = normal(9, 12, 40), normal(10, 300, 40), picked(6, 12)
+    asked = {"temperature": torch.tensor([0.7], device=DEVICE), "uniform": sampling(1)["uniform"]}
+    ones = torch.ones(6, device=DEVICE)
+    wide = {name: value.expand(6) for name, value in asked.items()}
+    whole = {name: value.contiguous() for name, value in wide.items()}
+    every_other = torch.stack((rows, torch.zeros_like(rows)), dim=1)[:, 0]
+    got, expected = (
+        head_confidence(hidden, where, weight, mask_token_id=MASK, top_p=ones, **settings, impl=impl)
+        for where, settings in ((every_other, wide), (rows, whole))
+    )
+    assert torch.equal(got.token, expected.token)
+    assert torch.equal(got.logprob, expected.logprob)
+
+
 def test_the_ends_of_the_distribution_draw_a_possible_token(impl: str) -> None:
     weight = torch.full((260, 1), -torch.inf, device=DEVICE)
     # Probability in the middle of a part only: both ends of u must come out of it, not beside it.
