@@ -12,6 +12,7 @@ import psutil
 
 from fewstep.pipelines.models import model_folder
 from fewstep.platform.config import Config
+from fewstep.platform.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fewstep.kernels.model.config import ModelConfig
@@ -186,10 +187,12 @@ def _rope(config: ModelConfig) -> str:
 
 
 def _generates(config: ModelConfig, weight_bytes: dict[str, int], free: int) -> str:
-    if config.attention_kind == "causal":
-        return "no: an autoregressive source, to be converted first"
-    if config.logit_shift:
-        return "no: the engine does not decode shifted logits"
+    from fewstep.actors.engine.request import check_model
+
+    try:
+        check_model(config)
+    except CheckpointError as error:
+        return f"no: the engine was given {error.got} and takes {error.allowed}"
     fitting = [name for name, size in weight_bytes.items() if size < free]
     if not fitting:
         return f"not here: the weights need more than the {_bytes(free)} that are free"

@@ -38,6 +38,7 @@ def advance(sequence: Sequence, report: BlockReport, block_size: int) -> Outcome
     # A forward's blocks are padded to the widest of them, where there is nothing to write.
     first_mask = min(report.first_mask, size)
     full = first_mask == size
+    sequence.first_masked = first_mask == 0
     if sequence.edits_block:
         block_done = full and _settled(sequence, report)
         written = size if block_done else 0
@@ -52,6 +53,7 @@ def advance(sequence: Sequence, report: BlockReport, block_size: int) -> Outcome
         sequence.live_end = min(sequence.live + block_size, sequence.bound)
         sequence.block_step = sequence.edit_step = 0
         sequence.full = sequence.refreshed = False
+        sequence.first_masked = True
     return outcome
 
 

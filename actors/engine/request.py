@@ -125,20 +125,13 @@ def _check_policy(request: Request, config: ModelConfig) -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise a CheckpointError for a model that this engine cannot denoise.
-
-    A shifted head predicts a position from the row before it. Of a bidirectional model's whole window that row is always
-    in the forward; of a block's first position it is not.
-    """
-    if config.attention_kind == "causal" or (config.attention_kind == "block_causal" and config.logit_shift):
-        kind = (
-            "an autoregressive model" if config.attention_kind == "causal" else "blocks with shifted logits"
-        )
+    """Raise a CheckpointError for a model that this engine cannot denoise: one that was not trained to."""
+    if config.attention_kind == "causal":
         raise CheckpointError(
             "attention_kind",
-            kind,
-            "block diffusion without a shift, or a bidirectional model",
-            "convert the checkpoint, or train it with `fewstep pretrain`",
+            "an autoregressive model",
+            "block diffusion, or a bidirectional model",
+            "convert the checkpoint, or train one with `fewstep pretrain`",
         )
 
 

@@ -33,7 +33,7 @@ class Sequence:
         window: first position behind the canvas of a bidirectional model.
         cached: positions from 0 whose keys and values are in `pages`; node: names them for the block behind.
         refreshed: whether an approximate cache holds this block's surroundings; full: whether the live block had no
-            mask left when it was last looked at.
+            mask left when it was last looked at; first_masked: whether its first position may be without a token.
         step: forwards that decided something; block_step, edit_step: those of this block, and those of them that found
             no mask left; forwards: all forwards, those included that only wrote pages.
         stream: None where nobody reads along and no stop string asks for it: no text is made then.
@@ -55,6 +55,7 @@ class Sequence:
     cached: int = 0
     refreshed: bool = False
     full: bool = False
+    first_masked: bool = True
     step: int = 0
     block_step: int = 0
     edit_step: int = 0
@@ -168,7 +169,17 @@ class Scheduler:
         written = sequence.cached
         if written < live or (num_blocks and not self.merged_commit):
             return Span(sequence, first, written, size, decides=False, keep=written, prefix=first)
+        if first == live and self._needs_block_before(sequence):
+            return Span(sequence, live - size, sequence.live_end, size, prefix=live - size)
         return Span(sequence, first, sequence.live_end, size, keep=live, prefix=first)
+
+    def _needs_block_before(self, sequence: Sequence) -> bool:
+        """Whether the last row of the block before predicts something, as it does for the first of shifted logits.
+
+        Its page holds its keys and values, but not what the head reads: the block is run again, and not written.
+        """
+        undecided = sequence.first_masked or sequence.edits_block
+        return self.config.logit_shift and undecided and sequence.live >= len(sequence.request.prompt_ids)
 
     def _window(self, sequence: Sequence) -> Span | None:
         """Rows of a bidirectional sequence: its whole window, or what its approximate cache leaves to be done."""

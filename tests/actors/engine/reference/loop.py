@@ -171,11 +171,17 @@ class Eyes:
     def logits(
         self, model: Transformer, tokens: list[int], first: int, end: int, num_forwards: int, stale: bool
     ) -> torch.Tensor:
-        """[L, V], defined on the live block at least.
+        """[L, V], defined on the live block at least: what is said of a position, whichever row says it.
 
         Args:
             num_forwards: forwards the block has had; stale: the kept keys and values are of other weights.
         """
+        rows = self._rows(model, tokens, first, end, num_forwards, stale)
+        return rows.roll(1, 0) if model.config.logit_shift else rows
+
+    def _rows(
+        self, model: Transformer, tokens: list[int], first: int, end: int, num_forwards: int, stale: bool
+    ) -> torch.Tensor:
         if model.config.attention_kind == "block_causal":
             # A block is whole: what nobody has written is a mask, behind a suffix as behind max_tokens. Later blocks
             # are never seen.
