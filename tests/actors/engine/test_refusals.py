@@ -170,3 +170,23 @@ def test_unusable_logits_fail_their_request_only(kind: str, setup: dict[str, obj
     for request, trajectory in zip(reaching, engine.generate(reaching), strict=True):
         assert_same(trajectory, expected(request, kind), num_extra_forwards=None)
     assert_idle_and_whole(engine, 3)
+
+
+def test_unusable_numbers_in_a_page_do_not_come_through_the_mask_of_others() -> None:
+    """A page that somebody else reads in place of one he does not have is poisoned while it is: 0 · NaN is NaN.
+
+    The first page belongs to `short`, then to the poisoned block of `broken`, whose prompt comes a block at a time and so
+    is poisoned before its logits are asked for. Sequences without a past read that page under a mask.
+    """
+    engine = engine_of(max_rows=BLOCK, prefix_cache=False)
+    engine.model.rope_cos[24:] = torch.nan
+    in_three = DecodePolicy(kind="static", tokens_per_step=3)
+    short = Request("short", draw_prompt(random.Random(1), 9), in_three, max_tokens=7, ignore_eos=True)
+    no_past = Request("no past", (3, 4, 5), ONE_BY_ONE, max_tokens=13, ignore_eos=True)
+    a_past = Request("a past", draw_prompt(random.Random(2), 9), ONE_BY_ONE, max_tokens=14, ignore_eos=True)
+    broken = Request("broken", draw_prompt(random.Random(3), 33), ONE_BY_ONE, max_tokens=5)
+    updates = run(engine, [short, no_past, a_past, broken])
+    assert "finite" in updates["broken"][-1].error
+    for request in (short, no_past, a_past):
+        assert_same(result(updates, request), expected(request))
+    assert_idle_and_whole(engine, 8)
