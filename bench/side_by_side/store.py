@@ -27,6 +27,8 @@ class Store:
             for entry in _read(path):
                 if entry["stamp"] == stamp:
                     self._entries[entry["key"]] = entry["value"]
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # ends the line that a killed run was writing
         elif path.is_file():
             path.unlink()
 
@@ -52,4 +54,4 @@ def _read(path: Path) -> Iterator[Entry]:
         try:
             yield json.loads(line)
         except ValueError:
-            continue  # the line a killed run was writing
+            continue  # empty, or what a killed run was writing
