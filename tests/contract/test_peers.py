@@ -305,10 +305,12 @@ def test_finished_comparisons_survive_a_kill_and_other_settings_do_not_see_them(
     store = Store(path, "these settings", resume=True)
     store.put("parity/a", {"verdict": True})
     store.put("parity/a", {"verdict": False})
+    store.put("timed/failed", {"error": "ended"})
     with path.open("a") as file:
         file.write('{"stamp": "these settings", "key": "par')
     again = Store(path, "these settings", resume=True)
     assert again["parity/a"] == {"verdict": False}
+    assert "timed/failed" not in again
     assert "parity/a" not in Store(path, "other settings", resume=True)
     again.put("timed/b", {})
     assert "timed/b" in Store(path, "these settings", resume=True)
