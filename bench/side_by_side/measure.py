@@ -163,6 +163,7 @@ def check_parity(machinery: Machinery, plan: list[Comparison], store: Store) -> 
             except AdapterError as error:
                 machinery.say(f"parity  {peer.name:<16} {mode.label}: {error}")
                 machinery.drop(peer.name)
+                machinery.drop("ours")
                 value = {"error": str(error)}
             store.put(f"parity/{peer.name}/{mode.label}", value)
         machinery.drop(peer.name)
@@ -197,7 +198,13 @@ def measure(machinery: Machinery, plan: list[Comparison], store: Store) -> None:
         )
         if wanted:
             _close_unused(machinery, plan[index:])
-            for name, value in time_mode(machinery, mode, wanted).items():
+            try:
+                found = time_mode(machinery, mode, wanted)
+            except AdapterError as error:  # ours; without it this mode compares nobody
+                machinery.say(f"        {error}")
+                machinery.drop("ours")
+                found = {peer.name: {"error": str(error)} for peer in wanted}
+            for name, value in found.items():
                 store.put(f"timed/{mode.label}/{name}", value)
     machinery.close()
 
@@ -253,7 +260,8 @@ def _answer(
     """One timed run of one engine; every round has prompts of its own, the same for all."""
     settings = machinery.settings
     size = settings.block_size if round_number == 0 and streams > 1 else settings.max_tokens
-    prompts = machinery.prompts(streams, "timed", round_number)
+    # Nobody's prompts come back: our engine would find their blocks in its prefix cache.
+    prompts = machinery.prompts(streams, "timed", mode.label, round_number)
     reply = process.ask(**machinery.request(mode, prompts, size))
     if round_number:
         speed = streams * size / reply["seconds"]

@@ -16,7 +16,7 @@ class Store:
     Args:
         path: the file; keys that belong to other settings or commits stay in it and are not seen.
         stamp: names settings and commit.
-        resume: whether entries already there count.
+        resume: whether entries already there count; failed ones do not, so that they are tried again.
     """
 
     def __init__(self, path: Path, stamp: str, resume: bool) -> None:
@@ -25,8 +25,10 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume and path.is_file():
             for entry in _read(path):
-                if entry["stamp"] == stamp:
+                if entry["stamp"] == stamp and "error" not in entry["value"]:
                     self._entries[entry["key"]] = entry["value"]
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # ends the line that a killed run was writing
         elif path.is_file():
             path.unlink()
 
@@ -52,4 +54,4 @@ def _read(path: Path) -> Iterator[Entry]:
         try:
             yield json.loads(line)
         except ValueError:
-            continue  # the line a killed run was writing
+            continue  # empty, or what a killed run was writing

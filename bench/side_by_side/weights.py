@@ -230,6 +230,7 @@ def llada2_config(sizes: ModelSizes) -> dict[str, Any]:
         "embedding_dropout": 0.0,
         "eos_token_id": sizes.eos_token_id,
         "first_k_dense_replace": sizes.num_hidden_layers,
+        "mask_token_id": sizes.mask_token_id,
         "head_dim": sizes.head_dim,
         "hidden_act": "silu",
         "hidden_size": sizes.hidden_size,
