@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 NEEDED = ("torch", "triton")
 PARTS = {
-    "tests": ("pytest", "hypothesis"),
+    "tests": ("pytest", "hypothesis", "pydantic", "tokenizers", "psutil"),
     "kernels": (),
     "model": ("pydantic",),
     "engine": ("pydantic", "tokenizers", "psutil"),
