@@ -1,12 +1,14 @@
 """`bench/gpu.sh`: every kernel on a real GPU, checked, then timed against its floor and against torch; under 8 minutes.
 
 1. Versions and the device; without CUDA one line and exit code 2.
-2. The kernel tests on the device, compiled and not interpreted.
+2. The tests of kernels and of the engine's static step on the device, compiled and not interpreted.
 3. Every case of `bench/cases.py`: fused against the reference, then medians beside eager torch, torch.compile and the
    floor (bytes over the rate of a large copy, or FLOP over the rate of a large product, both measured first).
 4. A denoising step of an 8 B-shaped model at 1x32, 4x32 and 16x32 rows, eager and as a CUDA graph, against the time in
    which its weights can be read.
-5. The table, and bench/results/gpu-NAME.json.
+5. The engine itself over that model with 1, 4, 16 and 64 requests: tokens per second and milliseconds per forward, its
+   static steps as CUDA graphs beside the forward of any shape.
+6. The table, and bench/results/gpu-NAME.json.
 
 A case that gives wrong numbers gets no time. Exit code 1 if a test failed, a case is wrong or something was left out for
 time. `--smoke` runs all of it but the tests on a CPU with tiny shapes and reports no times: it shows that this file works.
@@ -30,8 +32,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 NEEDED = ("torch", "triton")
-PARTS = {"tests": ("pytest", "hypothesis"), "kernels": (), "model": ("pydantic",)}
+PARTS = {
+    "tests": ("pytest", "hypothesis", "pydantic", "tokenizers", "psutil"),
+    "kernels": (),
+    "model": ("pydantic",),
+    "engine": ("pydantic", "tokenizers", "psutil"),
+}
 STEPS = ((1, 32), (4, 32), (16, 32))
+SEQUENCES = (1, 4, 16, 64)
 PREFIX = 1024
 
 
@@ -63,7 +71,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, no times")
     parser.add_argument("--name", help="of bench/results/gpu-NAME.json; default: the device's")
     parser.add_argument("--out", type=Path, help="result file, instead of --name")
-    parser.add_argument("--only", default="", help="comma-separated: tests, kernels, model; default: all")
+    parser.add_argument("--only", default="", help=f"comma-separated: {', '.join(PARTS)}; default: all")
     parser.add_argument("--seconds", type=float, default=460.0, help="after which nothing new is begun")
     arguments = parser.parse_args()
     if missing := absent(NEEDED):
@@ -111,6 +119,8 @@ def run(arguments: argparse.Namespace, parts: list[str]) -> int:
             run_cases(report, device, peaks)
         elif part == "model":
             run_model(report, device, peaks)
+        elif part == "engine":
+            run_engine(report, device, peaks is None)
     print_table(report)
     name = arguments.name or re.sub(r"\W+", "-", report.header["device"]).strip("-").lower()
     path = arguments.out or RESULTS / f"gpu-{name}.json"
@@ -143,10 +153,11 @@ def describe(device: Any) -> dict[str, Any]:
 
 
 def run_tests(report: Report) -> None:
-    """The kernel tests that follow `tests.kernels.device.DEVICE`, and those marked gpu, in a process of their own."""
-    folder = ROOT / "tests" / "kernels"
+    """The tests that follow `tests.kernels.device.DEVICE`, and those marked gpu, in a process of their own."""
+    folders = [ROOT / "tests" / "kernels", ROOT / "tests" / "actors" / "engine"]
     files = [
         str(path.relative_to(ROOT))
+        for folder in folders
         for path in sorted(folder.glob("test_*.py"))
         if re.search(r"DEVICE|attention_cases|mark\.gpu", path.read_text())
     ]
@@ -269,6 +280,44 @@ def time_step(step: Any, row: dict[str, Any], peaks: Any) -> None:
     print(f"  denoise_step {row['name']}: {row['value']:.2f} ms", flush=True)
 
 
+def run_engine(report: Report, device: Any, smoke: bool) -> None:
+    """The engine at each number of requests, or a toy's once, where both ways must write the same tokens."""
+    import torch
+    from gpu_engine import Load, measure, ms_per_forward, share_of_equal_tokens, tokens_per_s
+    from gpu_model import model_config, random_model
+
+    config = model_config(smoke)
+    model = random_model(config, device, torch.float32 if smoke else torch.bfloat16)
+    for sequences in (3,) if smoke else SEQUENCES:
+        load = Load(sequences, 65, 40, 8) if smoke else Load(sequences, PREFIX + 1, 127, 4)
+        name = f"{sequences} requests"
+        row: dict[str, Any] = {"op": "engine", "name": name, "settings": {"load": vars(load)}}
+        row["settings"]["model"] = config.model_dump(exclude_defaults=True)
+        if report.left_s() < 0:
+            report.complain(f"engine, {name}: left out, {report.seconds_allowed:.0f} s are over")
+            continue
+        try:
+            measured = measure(model, load, 1 if smoke else 3)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            report.complain(f"engine, {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        static, other = measured[True], measured[False]
+        row |= {
+            "forwards": static.forwards,
+            "static_forwards": static.static_forwards,
+            "equal_tokens": round(share_of_equal_tokens(measured), 4),
+        }
+        if smoke and row["equal_tokens"] < 1:
+            report.complain(f"engine, {name}: static steps wrote other tokens")
+            continue
+        if not smoke:
+            row |= {"unit": "ms", "value": round(ms_per_forward(static), 3)}
+            row |= {"eager": round(ms_per_forward(other), 3)}
+            row |= {"tok_s": round(tokens_per_s(static), 1), "eager_tok_s": round(tokens_per_s(other), 1)}
+            print(f"  engine {name}: {row['tok_s']:.0f} tok/s, {row['value']:.2f} ms a forward", flush=True)
+        report.rows.append(row)
+
+
 def print_table(report: Report) -> None:
     """One line a row; times in the row's unit."""
     if not any("value" in row for row in report.rows):
@@ -280,7 +329,8 @@ def print_table(report: Report) -> None:
         value = row.get("value")
         if value is None:
             continue
-        cells = [value, row["floor"], row["floor"] / value]
+        floor = row.get("floor")
+        cells = [value, floor, None if floor is None else floor / value]
         for rival in ("eager", "compiled"):
             cells += [row.get(rival), row[rival] / value if rival in row else None]
         text = "".join(f"{'-':>10}" if cell is None else f"{cell:>10.2f}" for cell in cells)

@@ -114,7 +114,7 @@ class StepInputs:
         self._upload()
 
     def _upload(self) -> None:
-        # The host buffer is free again: the report of the step that read it has been waited for.
+        # The host buffer may be written again: whoever read it has been waited for, a step's report or a capture.
         self.numbers.copy_(self._host, non_blocking=True)
 
 

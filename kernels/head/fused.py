@@ -293,11 +293,10 @@ def head_confidence(
     entropy: bool,
 ) -> RowStats:
     """See `fewstep.kernels.head.head_confidence`; `hidden` is final-normed and every top_p is 1."""
-    hidden, weight, rows, temperature = (
-        tensor.contiguous() for tensor in (hidden, weight, rows, temperature)
-    )
-    # One number expanded to all rows has stride 0; the kernels count from row to row.
-    uniform = None if uniform is None else uniform.contiguous()
+    hidden, weight, rows = hidden.contiguous(), weight.contiguous(), rows.contiguous()
+    if uniform is not None:
+        # One number expanded to all rows has stride 0; the kernels count from row to row.
+        temperature, uniform = temperature.contiguous(), uniform.contiguous()
     num_rows, (vocabulary, width) = len(rows), weight.shape
     tile = projection_tile(num_rows, width, weight.dtype)
     num_row_tiles, num_tiles = triton.cdiv(num_rows, tile["ROWS"]), triton.cdiv(vocabulary, tile["TOKENS"])

@@ -33,12 +33,16 @@ def test_the_smoke_run_covers_every_op_and_claims_no_times(tmp_path: Path) -> No
         "block_attention",
         "commit",
         "denoise_step",
+        "engine",
         "head_confidence",
         "linear_logprob",
         "rms_norm",
         "rope_and_write",
     }
     assert not any("value" in row or "floor" in row for row in report["rows"])
+    (engine,) = (row for row in report["rows"] if row["op"] == "engine")
+    assert engine["static_forwards"] == engine["forwards"] > 5
+    assert engine["equal_tokens"] == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -54,7 +58,7 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
 def test_an_unknown_part_is_refused_by_name() -> None:
     done = gpu_sh("--smoke", "--only", "kernels,modle")
     assert done.returncode == 2
-    assert "modle; allowed: tests, kernels, model" in done.stderr
+    assert "modle; allowed: tests, kernels, model, engine" in done.stderr
 
 
 @pytest.mark.parametrize(

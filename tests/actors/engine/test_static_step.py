@@ -149,9 +149,11 @@ def test_a_step_on_padding_changes_nothing(kind: str) -> None:
     """A graph is warmed up in the middle of the traffic, on inputs that hold nothing but padding."""
     engine = engine_of(kind=kind, static_steps=True)
     policy = DecodePolicy(kind="static", cache="dual" if kind == "bidirectional" else "exact")
+    # The oldest, in slot 0, has masks in its first block still.
     for number in range(3):
-        engine.add(Request(str(number), draw_prompt(random.Random(number), 20), policy, max_tokens=20))
-    for _ in range(13):
+        prompt = draw_prompt(random.Random(number), 3 + 9 * number)
+        engine.add(Request(str(number), prompt, policy, max_tokens=20, ignore_eos=True))
+    for _ in range(3):
         engine.step()
     static = static_of(engine)
     assert static.forwards > 0
