@@ -63,7 +63,9 @@ def version_of(state: dict[str, torch.Tensor], step: int) -> WeightVersion:
 
 
 def requests(count: int, max_tokens: int = 96) -> list[Request]:
-    draws = np.random.Generator(np.random.Philox(7))
+    # Of 17 keys this one's closest call in ranking is the clearest, 1.2e-5 of the confidence: rounding, which another
+    # batch shape or alignment changes, is about 1e-6.
+    draws = np.random.Generator(np.random.Philox(22))
     return [
         Request(
             f"r{index}",
