@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from fewstep.actors.sandbox.conversation import Conversation, Findings
@@ -139,8 +140,9 @@ def _same_word(expected: str, printed: str) -> bool:
     if expected == printed:
         return True
     try:
-        return float(expected) == float(printed)
-    except ValueError:
+        # Not float: 2**60 and 2**60 + 1 are one float.
+        return Decimal(expected) == Decimal(printed)
+    except InvalidOperation:
         return False
 
 
