@@ -41,6 +41,8 @@ class Benchmark:
         excluded: rows of the source that are no tasks.
         infill: the answer stands between `Task.prompt` and `Task.suffix`.
         chat: prompts are user messages, for the model's chat template.
+        sound: every published solution is known to pass its own tests; where one does not, we are wrong.
+        first_test: name of a verdict's first test where it is a score of its own; "" = it is none.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Benchmark:
     excluded: tuple[Exclusion, ...] = ()
     infill: bool = False
     chat: bool = False
+    sound: bool = False
+    first_test: str = ""
 
 
 @dataclass(frozen=True)

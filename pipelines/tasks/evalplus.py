@@ -108,7 +108,10 @@ def load(name: str, path: Path | None, *, chat: bool = False, limit: int | None 
         return replace(task, prompt=f"{_ASK}{task.prompt}")
 
     tasks, excluded = make_tasks(rows, make, limit)
-    return Benchmark(name, tasks, rows.source, rows.digest, CHAT if chat else PYTHON, excluded, chat=chat)
+    answers = CHAT if chat else PYTHON
+    return Benchmark(
+        name, tasks, rows.source, rows.digest, answers, excluded, chat=chat, sound=True, first_test="base"
+    )
 
 
 def _task(row: Row, *, continues: bool) -> Task:

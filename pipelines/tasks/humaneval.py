@@ -65,7 +65,7 @@ def load_infilling(path: Path | None, variant: str, limit: int | None = None) ->
     rows = read_rows([find_file(path, INFILLING_FILES[variant], f"humaneval_infilling {variant}")])
     tasks, excluded = make_tasks(rows, _infilling_task, limit)
     name = f"humaneval_infilling_{variant}"
-    return Benchmark(name, tasks, rows.source, rows.digest, PLAIN, excluded, infill=True)
+    return Benchmark(name, tasks, rows.source, rows.digest, PLAIN, excluded, infill=True, sound=True)
 
 
 def package_file() -> Path:
