@@ -16,6 +16,7 @@ from fewstep.pipelines.evaluation import Answer, Measured, Subject
 from fewstep.pipelines.evaluation_settings import EvaluateConfig
 from fewstep.pipelines.evaluation_summary import FrontierSummary, PolicyComparison
 from fewstep.pipelines.evaluation_table import summary_table
+from fewstep.pipelines.frontier import cheapest_within
 from fewstep.pipelines.repair import RepairSummary
 from fewstep.pipelines.statistics import CONFIDENCE, NUM_RESAMPLES, PairedTest
 from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion
@@ -132,7 +133,8 @@ def report_text(results: Results, style: str = "plain") -> str:
                 summary_table(frontier, benchmark.first_test, "markdown" if style == "markdown" else "plain")
             )
         if results.comparisons.get(name):
-            parts.append(_comparison_text(results, [one.text() for one in results.comparisons[name]]))
+            lines = [one.text() for one in results.comparisons[name]] + _out_of_reach(results, name)
+            parts.append(_comparison_text(results, lines))
     for address, repairs in results.named(results.repairs).items():
         parts.append(f"{address}, repair of corrupted answers")
         parts.append("\n".join(_repair_line(one) for one in repairs))
@@ -150,6 +152,14 @@ def _repair_line(one: RepairSummary) -> str:
         f"- {one.name}: {one.passed.text()} passed, {one.forwards.value:.2f} forwards a draft, "
         f"{one.restored:.3f} of the wrong tokens restored, {one.damaged:.4f} of the right ones damaged"
     )
+
+
+def _out_of_reach(results: Results, benchmark: str) -> list[str]:
+    """Says so where no policy of the second model is as good as the first one's at one token per step."""
+    first, second = (results.frontiers[benchmark][subject.slot] for subject in results.subjects)
+    if cheapest_within(second.points, first.bar) is not None:
+        return []
+    return [f"no policy of {results.subjects[1].address} reaches the first model's bar of {first.bar:.3f}"]
 
 
 def _comparison_text(results: Results, lines: Sequence[str]) -> str:

@@ -102,8 +102,8 @@ class EvaluateConfig(Config):
     """MLflow experiment; made when missing."""
     out: Path = Path("runs/evaluate")
     """Folder for the report, the figure, the answers and the trajectories."""
-    benchmarks: Annotated[tuple[BenchmarkChoice, ...], BeforeValidator(_spelled_out)] = Field(
-        default=(BenchmarkChoice(name="family"),), min_length=1
+    benchmarks: Annotated[tuple[BenchmarkChoice, ...], BeforeValidator(_spelled_out)] = (
+        BenchmarkChoice(name="family"),
     )
     """What is measured: names, `name:path`, or mappings with the keys of a benchmark."""
     self_test: bool = False
@@ -123,7 +123,7 @@ class EvaluateConfig(Config):
     infill_tokens: int | None = Field(default=None, ge=1)
     """Infilling: masks between prefix and suffix; null = as many as the canonical answer has, which tells its length."""
     sweep: Sweep = Sweep()
-    edit_thresholds: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = (0.5, 0.7, 0.9, 0.95)
+    edit_thresholds: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = (0.3, 0.5, 0.7, 0.9)
     """repair: a token is replaced by another one of more than this confidence."""
     tasks_per_part: int = Field(default=64, ge=1)
     """Tasks whose answers are saved at once; what an interruption costs at most."""
@@ -141,6 +141,8 @@ class EvaluateConfig(Config):
     @model_validator(mode="after")
     def _makes_sense(self) -> EvaluateConfig:
         answers = self.num_samples * len(self.seeds)
+        if not self.benchmarks:
+            raise ValueError("benchmarks must name at least one")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ")
         if self.temperature == 0.0 and answers > 1:

@@ -182,7 +182,10 @@ class PolicyComparison:
 
     def text(self) -> str:
         """One line."""
-        cost = f"{self.fewer_forwards.text(2)}x fewer forwards"
+        ratio, word = self.fewer_forwards, "fewer"
+        if ratio.value < 1.0:
+            ratio, word = Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low), "more"
+        cost = f"{ratio.text(2)}x {word} forwards"
         return f"{self.name}: {self.quality.verdict()}; {cost if self.cost_differs else cost + ', not significant'}"
 
     def record(self) -> dict[str, Any]:

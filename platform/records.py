@@ -244,7 +244,7 @@ class Check:
         own, calls the program by message, and passes if it returns. Each of `parts` is such a function and a test.
     source: program and `test_code` are one program in `language`, or, with `module`, two files of which the tests
         import the program's by that name. It passes if it ends well after its last test: for tests that cannot
-        be told apart from the program (docs/decisions/0007-other-languages.md).
+        be told apart from the program (docs/decisions/0011-other-languages.md).
 
     Attributes:
         language: of the program, a name of actors/sandbox/languages.py; `call` and `script` are Python's alone.

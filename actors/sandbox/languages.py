@@ -2,8 +2,9 @@
 
 Tests of these languages assert inside the program's own process. What makes their verdict worth something is the
 *seal*: the last thing after the last test prints a number nobody could guess, and the process must then end with
-status 0. Leaving early, printing "passed" or catching an error seals nothing. A program that searches its own
-source for the number is not stopped by this: docs/decisions/0007-other-languages.md.
+status 0. Leaving early, printing "passed" or catching an error seals nothing. The source has the number in two halves,
+so that text which is shown instead of run (PHP after `?>`, a listing) seals nothing either. A program that searches its
+own source for them is not stopped by this: docs/decisions/0011-other-languages.md.
 
 A language is used where its tools are found *and* its probe, a program of two lines, passes in the sandbox.
 """
@@ -111,25 +112,34 @@ def _is_system(path: str) -> bool:
     return any(path == system or path.startswith(system + "/") for system in SYSTEM_PATHS)
 
 
-def _joined(name: str, seal: Callable[[str], str], extra: Files | None = None, between: str = "\n") -> Layout:
-    """Everything in one file, the seal as its last statement."""
+def halves(nonce: str) -> tuple[str, str]:
+    """The seal as it stands in a source."""
+    return nonce[: len(nonce) // 2], nonce[len(nonce) // 2 :]
+
+
+def _joined(name: str, seal: str, extra: Files | None = None) -> Layout:
+    """Everything in one file, the seal as its last statement; `%s` in it are the halves."""
 
     def lay_out(program: str, tests: str, nonce: str) -> Files:
-        text = program + between + tests + "\n" + (seal(nonce) if nonce else "")
+        text = program + "\n" + tests + "\n" + (seal % halves(nonce) if nonce else "")
         return {name: text, **(extra or {})}
 
     return lay_out
 
 
 def _python(program: str, tests: str, nonce: str) -> Files:
-    return {
-        "main.py": program + "\n" + tests + "\n" + (f"{_PYTHON_TESTS}print({nonce!r})\n" if nonce else "")
-    }
+    first, second = halves(nonce)
+    seal = f"{_PYTHON_TESTS}print('{first}' + '{second}')\n" if nonce else ""
+    return {"main.py": program + "\n" + tests + "\n" + seal}
 
 
 def _java(program: str, tests: str, nonce: str) -> Files:
     # halt: a thread that the program left running must not keep a passed test from ending.
-    sealed = f'Main.main(arguments); System.out.println("{nonce}"); System.out.flush(); Runtime.getRuntime().halt(0);'
+    first, second = halves(nonce)
+    sealed = (
+        f'Main.main(arguments); System.out.println("{first}" + "{second}"); System.out.flush(); '
+        "Runtime.getRuntime().halt(0);"
+    )
     launcher = (
         f"class Sealed {{ public static void main(String[] arguments) throws Throwable {{ {sealed} }} }}\n"
     )
@@ -137,26 +147,27 @@ def _java(program: str, tests: str, nonce: str) -> Files:
 
 
 def _cpp(program: str, tests: str, nonce: str) -> Files:
+    first, second = halves(nonce)
     # A function of any other name than main must return explicitly; the published tests do.
     sealed = (
         "#undef main\n#include <cstdio>\nint main(int count, char** words) {\n"
         "    int status = tested_main(count, words);\n"
-        f'    if (status == 0) std::puts("{nonce}");\n    return status;\n}}\n'
+        f'    if (status == 0) {{ std::fputs("{first}", stdout); std::puts("{second}"); }}\n'
+        "    return status;\n}\n"
     )
     tests = re.sub(r"\bint\s+main\s*\(\s*(void)?\s*\)", "int main(int, char**)", tests)
     return {"main.cpp": f"{program}\n#define main tested_main\n{tests}\n{sealed}"}
 
 
 def _go(program: str, tests: str, nonce: str) -> Files:
+    first, second = halves(nonce)
     tested = re.sub(r"\bfunc\s+main\s*\(", "func testedMain(", program + "\n" + tests)
-    launcher = f'package main\n\nimport "os"\n\nfunc main() {{\n\ttestedMain()\n\tos.Stdout.WriteString("{nonce}\\n")\n}}\n'
+    body = f'\ttestedMain()\n\tos.Stdout.WriteString("{first}" + "{second}\\n")\n'
+    launcher = f'package main\n\nimport "os"\n\nfunc main() {{\n{body}}}\n'
     return {"main.go": tested, "sealed.go": launcher}
 
 
-def _write_to_stdout(nonce: str) -> str:
-    return f'require("fs").writeSync(1, "{nonce}\\n");\n'
-
-
+_NODE_SEAL = 'require("fs").writeSync(1, "%s" + "%s\\n");\n'
 _NODE = ("{node}", "--max-old-space-size={mebibytes}", "--stack-size=900")
 _SMALL_JVM = (
     "-XX:TieredStopAtLevel=1",
@@ -174,14 +185,14 @@ LANGUAGES = {
             ("def f(x):\n    return x + 1\n", "assert f(1) == 2\n"), reserved_bytes=_RESERVED,
         ),
         Language(
-            "javascript", ("node",), _joined("main.js", _write_to_stdout, {"lodash.js": LODASH}),
+            "javascript", ("node",), _joined("main.js", _NODE_SEAL, {"lodash.js": LODASH}),
             (*_NODE, "--require", "./lodash.js", "main.js"),
             ("function f(x) { return [x]; }", 'if (!require("lodash").isEqual(f(1), [1])) throw "f";'),
             reserved_bytes=_RESERVED,
         ),
         Language(
             "typescript", ("node", "tsc"),
-            _joined("main.ts", _write_to_stdout, {"lodash.js": LODASH, "transpile.js": TRANSPILE}),
+            _joined("main.ts", _NODE_SEAL, {"lodash.js": LODASH, "transpile.js": TRANSPILE}),
             (*_NODE, "--require", "./lodash.js", "main.js"),
             ("const f = (x: number): number => x;", 'import * as a from "assert"; a.deepEqual(f(1), 1);'),
             compile=((*_NODE, "transpile.js", "{tsc}", "main.ts", "main.js"),), reserved_bytes=_RESERVED,
@@ -201,16 +212,16 @@ LANGUAGES = {
             reserved_bytes=_RESERVED,
         ),
         Language(
-            "perl", ("perl",), _joined("main.pl", lambda nonce: f'print "{nonce}\\n";\n', {"Companion.pm": DATA_COMPARE}),
+            "perl", ("perl",), _joined("main.pl", 'print "%s", "%s\\n";\n', {"Companion.pm": DATA_COMPARE}),
             ("{perl}", "-I.", "-MCompanion", "main.pl"),
             ("sub f { return [@_]; }", 'use Data::Compare;\ndie "f" unless Compare(f(1), [1]);'),
         ),
         Language(
-            "ruby", ("ruby",), _joined("main.rb", lambda nonce: f"$stdout.puts {nonce!r}\n"),
+            "ruby", ("ruby",), _joined("main.rb", '$stdout.puts "%s" + "%s"\n'),
             ("{ruby}", "main.rb"), ("def f(x)\n  x\nend", 'raise "f" if f(1) != 1'),
         ),
         Language(
-            "php", ("php",), _joined("main.php", lambda nonce: f'echo "{nonce}\\n";\n'),
+            "php", ("php",), _joined("main.php", 'echo "%s", "%s\\n";\n'),
             ("{php}", "-n", "-d", "memory_limit={mebibytes}M", "-d", "display_errors=stderr", "main.php"),
             ("<?php\nfunction f($x) { return $x; }", 'if (f(1) != 1) { throw new Exception("f"); }'),
         ),

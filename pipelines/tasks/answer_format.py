@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from fewstep.platform.records import Task
 # What starts after the function that was asked for (Chen et al. 2021, section 2.1, and code fences).
 PYTHON_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
 FENCE = "\n```"
+_FENCE_LINE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 # The line after which a function of these languages is complete; the rule takes it away, reading restores it.
 _COMMENT = {"perl": "#", "ruby": "#"}
@@ -56,11 +58,18 @@ def python_continuation(task: Task, text: str) -> str:
     before = task.program("").removesuffix(task.suffix)
     for end in _cuts(text):
         try:
-            tree = ast.parse(before + text[:end])
+            tree = parse_quietly(before + text[:end])
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         return text[:end][: _end_of_definitions(tree, before, text[:end])]
     return text
+
+
+def parse_quietly(source: str) -> ast.Module:
+    """ast.parse of code that is not ours: its odd escapes are no warning of ours. Raises what ast.parse raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
 
 
 def _cuts(text: str) -> list[int]:
@@ -90,10 +99,12 @@ def _end_of_definitions(tree: ast.Module, before: str, text: str) -> int:
 
 def code_block(task: Task, text: str) -> str:
     """The code of a chat answer: the first fenced block that mentions the entry point, else the first; without any
-    fence the text up to one that closes a block which the prompt opened."""
-    blocks = [match.group(1) for match in _FENCED.finditer(text)]
-    if not blocks or (text.startswith("```") is False and task.prompt.endswith("```python\n")):
+    fence, or behind one that the prompt opened, the text up to the fence that closes it."""
+    fences = [fence.strip() for fence in _FENCE_LINE.findall(text)]
+    opened = task.prompt.endswith("```python\n") and not text.startswith("```")
+    if opened or fences in ([], ["```"]):
         return text.split(FENCE)[0] + "\n"
+    blocks = [match.group(1) for match in _FENCED.finditer(text)]
     named = [block for block in blocks if re.search(rf"\b{re.escape(task.check.entry_point)}\b", block)]
     return (named or blocks)[0]
 

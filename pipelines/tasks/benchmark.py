@@ -15,6 +15,7 @@ from fewstep.platform.errors import TaskFileError
 from fewstep.platform.records import Task
 
 Row = dict[str, Any]
+_NAMES = ("task_id", "question_id", "full_name")  # columns that published files name their rows by
 
 
 class BadRow(ValueError):
@@ -147,7 +148,7 @@ def make_tasks(
     """One task a row, in order; what makes none is listed with its reason.
 
     Args:
-        make: raises BadRow, KeyError or TypeError on a row that is no task.
+        make: raises BadRow (or what a row of other types leads to) where a row is no task.
         limit: stop after so many tasks.
     """
     tasks: dict[str, Task] = {}
@@ -155,7 +156,7 @@ def make_tasks(
     for where, row in rows.rows:
         if limit is not None and len(tasks) >= limit:
             break
-        name = str(row.get("task_id", row.get("question_id", where)))
+        name = str(next((row[key] for key in _NAMES if key in row), where))
         try:
             task = make(row)
             if task.task_id in tasks:
@@ -163,7 +164,7 @@ def make_tasks(
             tasks[task.task_id] = task
         except KeyError as error:
             excluded.append(Exclusion(name, f"has no {error.args[0]}"))
-        except (BadRow, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             excluded.append(Exclusion(name, str(error)))
     return tuple(tasks.values()), tuple(excluded)
 

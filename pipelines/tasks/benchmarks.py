@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 from fewstep.pipelines.evaluation_settings import BenchmarkChoice
@@ -47,8 +48,9 @@ def load_benchmark(choice: BenchmarkChoice) -> Benchmark:
 def _family(choice: BenchmarkChoice) -> Benchmark:
     count = choice.num_tasks or DRAWN_TASKS
     tasks = tuple(family_tasks(count, choice.seed, held_out=True))
-    source = "held-out specifications of the embedded family"
-    return Benchmark("family", tasks, source, f"seed {choice.seed}, {count} tasks", PLAIN, sound=True)
+    digest = hashlib.sha256("\n".join(task.task_id for task in tasks).encode()).hexdigest()
+    source = f"held-out specifications of the embedded family, seed {choice.seed}"
+    return Benchmark("family", tasks, source, digest, PLAIN, sound=True)
 
 
 def _tasks(choice: BenchmarkChoice) -> Benchmark:

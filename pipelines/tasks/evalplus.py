@@ -8,11 +8,12 @@ base score and the plus score come out of one run.
 from __future__ import annotations
 
 import ast
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.pipelines.tasks.answer_format import CHAT, PYTHON
+from fewstep.pipelines.tasks.answer_format import CHAT, PYTHON, parse_quietly
 from fewstep.pipelines.tasks.benchmark import (
     BadRow,
     Benchmark,
@@ -143,7 +144,7 @@ def retyped(inputs: list[Any], assertions: str, entry_point: str) -> list[Any]:
     try:
         calls = [
             node
-            for node in ast.walk(ast.parse(assertions))
+            for node in ast.walk(parse_quietly(assertions))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == entry_point
         ]
     except SyntaxError:
@@ -158,18 +159,25 @@ def retyped(inputs: list[Any], assertions: str, entry_point: str) -> list[Any]:
 
 
 def _as(shape: ast.expr, value: Any) -> Any:
-    if isinstance(shape, ast.Constant) and isinstance(value, str) and not isinstance(shape.value, str):
-        return complex(value)
+    if isinstance(shape, ast.Constant) and isinstance(value, str) and isinstance(shape.value, int | complex):
+        with suppress(ValueError):  # JSON has no complex numbers; the release writes them as text
+            return complex(value)
     if isinstance(shape, ast.Dict) and isinstance(value, dict) and shape.values:
         return {key: _as(shape.values[0], item) for key, item in value.items()}
     if isinstance(shape, ast.Dict) and isinstance(value, list):
         return set(value) if value else {}
     if not isinstance(shape, ast.List | ast.Tuple | ast.Set) or not isinstance(value, list):
         return value
-    uniform = len({type(item) for item in shape.elts}) <= 1 or len(shape.elts) != len(value)
     items = [
-        _as(shape.elts[0 if uniform else i], item) if shape.elts else item for i, item in enumerate(value)
+        _as(item_shape, item) for item_shape, item in zip(_shapes(shape, len(value)), value, strict=True)
     ]
     if isinstance(shape, ast.Set):
         return set(items)
     return tuple(items) if isinstance(shape, ast.Tuple) else items
+
+
+def _shapes(shape: ast.List | ast.Tuple | ast.Set, count: int) -> list[ast.expr]:
+    """A literal's items for a value of `count` items: one by one where it has as many, else all like the first."""
+    if len(shape.elts) == count:
+        return shape.elts
+    return [shape.elts[0] if shape.elts else ast.Constant(None)] * count

@@ -11,7 +11,7 @@ import ast
 from pathlib import Path
 
 from fewstep.pipelines.tasks import mbxp
-from fewstep.pipelines.tasks.answer_format import CHAT, LANGUAGE, PYTHON, AnswerFormat
+from fewstep.pipelines.tasks.answer_format import CHAT, LANGUAGE, PYTHON, AnswerFormat, parse_quietly
 from fewstep.pipelines.tasks.benchmark import (
     BadRow,
     Benchmark,
@@ -87,8 +87,8 @@ def check_of(code: str, setup: str, tests: list[str]) -> Check:
         BadRow: the reference solution or the tests are no Python, or the tests call nothing of it.
     """
     try:
-        defined = ast.parse(code.replace("\r\n", "\n"))
-        called = ast.parse("\n".join([setup, *tests]))
+        defined = parse_quietly(code.replace("\r\n", "\n"))
+        called = parse_quietly("\n".join([setup, *tests]))
     except SyntaxError as error:
         raise BadRow(f"is not Python: {error.msg}") from error
     functions = {node.name for node in defined.body if isinstance(node, ast.FunctionDef)}
