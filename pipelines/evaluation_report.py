@@ -18,7 +18,7 @@ from fewstep.pipelines.evaluation_summary import FrontierSummary, PolicyComparis
 from fewstep.pipelines.evaluation_table import summary_table
 from fewstep.pipelines.frontier import cheapest_within
 from fewstep.pipelines.repair import RepairSummary
-from fewstep.pipelines.statistics import CONFIDENCE, NUM_RESAMPLES, PairedTest
+from fewstep.pipelines.significance import CONFIDENCE, NUM_RESAMPLES, PairedTest
 from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion
 from fewstep.platform.artifacts import atomic_file, atomic_write_text, git_commit, machine_info
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewstep.pipelines.evaluation import Answer, Measured
 from fewstep.pipelines.frontier import TOLERANCE, accuracy_under_parallelism, cheapest_within
-from fewstep.pipelines.statistics import (
+from fewstep.pipelines.significance import (
     Interval,
     PairedTest,
     holm,

@@ -20,7 +20,7 @@ from fewstep.actors.engine.text import decode
 from fewstep.kernels.attention import visibility
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer, masked_attention
-from fewstep.pipelines.statistics import Interval, PairedTest, holm, mean_interval, paired_test
+from fewstep.pipelines.significance import Interval, PairedTest, holm, mean_interval, paired_test
 from fewstep.platform.records import Task, Verdict
 from fewstep.platform.rng import generator
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.pipelines.statistics import (
+from fewstep.pipelines.significance import (
     CONFIDENCE,
     holm,
     mean_interval,
