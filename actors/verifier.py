@@ -35,7 +35,7 @@ class Verifier(Protocol):
         """One verdict for each (task, answer), in order; what is judged is `task.program(answer)`."""
 
     def missing(self, languages: Sequence[str]) -> dict[str, str]:
-        """Those of the languages whose programs cannot be judged, each with the reason."""
+        """Those of the languages whose programs cannot be executed (checks that `executes`), each with the reason."""
 
     def close(self) -> None:
         """Ends everything it started."""
@@ -46,7 +46,7 @@ def _judge(sandbox: Sandbox, answers: Sequence[Answer]) -> list[Verdict]:
 
 
 def _missing(sandbox: Sandbox, languages: Sequence[str]) -> dict[str, str]:
-    reasons = {language: sandbox.missing(language) for language in languages if language != "python"}
+    reasons = {language: sandbox.missing(language) for language in languages}
     return {language: reason for language, reason in reasons.items() if reason}
 
 

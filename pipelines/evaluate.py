@@ -41,7 +41,7 @@ from fewstep.pipelines.models import pinned_model, weights_digest
 from fewstep.pipelines.progress import read_progress, write_progress
 from fewstep.pipelines.repair import compare_repairs, corrupted, measure_repair
 from fewstep.pipelines.self_test import refuse_misjudged, self_test
-from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion
+from fewstep.pipelines.tasks.benchmark import Benchmark, unrunnable
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
 from fewstep.platform.config import render_config
@@ -162,15 +162,7 @@ def plan(
     """
     planned, prepared = [], {}
     for benchmark in benchmarks:
-        missing = verifier.missing(sorted({task.check.language for task in benchmark.tasks}))
-        benchmark = without(
-            benchmark,
-            [
-                Exclusion(task.task_id, missing[task.check.language])
-                for task in benchmark.tasks
-                if task.check.language in missing
-            ],
-        )
+        benchmark = without(benchmark, unrunnable(benchmark.tasks, verifier))
         ready = {subject.slot: prepare(subject, benchmark, config) for subject in subjects}
         too_long = {one.task_id: one for _, excluded in ready.values() for one in excluded}
         benchmark = without(benchmark, list(too_long.values()))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fewstep.actors.verifier import Verifier
-from fewstep.pipelines.tasks.benchmark import Benchmark
+from fewstep.pipelines.tasks.benchmark import Benchmark, unrunnable
 from fewstep.platform.errors import FewstepError
 from fewstep.platform.records import Task
 
@@ -73,8 +73,8 @@ def self_test(benchmark: Benchmark, verifier: Verifier) -> dict[str, Any]:
     Returns:
         Plain data: what passed, which rows' own solutions fail, what was left out and why, and the rates.
     """
-    missing = verifier.missing(sorted({task.check.language for task in benchmark.tasks}))
-    able = [task for task in benchmark.tasks if task.check.language not in missing]
+    excluded = {exclusion.task_id: exclusion.reason for exclusion in unrunnable(benchmark.tasks, verifier)}
+    able = [task for task in benchmark.tasks if task.task_id not in excluded]
     solved = [task for task in able if task.canonical_solution or benchmark.infill]
     unsolved = Counter(task.check.language for task in able) - Counter(task.check.language for task in solved)
     print(f"{benchmark.name}: {len(solved)} solutions of {len(benchmark.tasks)} tasks", flush=True)
@@ -84,7 +84,7 @@ def self_test(benchmark: Benchmark, verifier: Verifier) -> dict[str, Any]:
         "digest": benchmark.digest,
         "num_tasks": len(benchmark.tasks),
         "num_excluded_rows": len(benchmark.excluded),
-        "languages_missing": missing,
+        "tasks_not_run": dict(Counter(excluded.values())),
         "tasks_without_solution": dict(sorted(unsolved.items())),
         "solutions": {},
         "broken": {},

@@ -260,6 +260,11 @@ class Check:
     language: str = "python"
     module: str = ""
 
+    @property
+    def executes(self) -> bool:
+        """Whether it starts processes of its language's tools, which not every host and isolation can."""
+        return self.kind in ("source", "stdin")
+
 
 @dataclass(frozen=True)
 class Task:

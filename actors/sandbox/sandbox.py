@@ -182,7 +182,7 @@ class Sandbox:
         return f"runtime_error: {raised[0]}" if raised else [reply["value"] for reply in replies]
 
     def missing(self, language: str) -> str:
-        """Why programs of a language cannot be judged here; empty = they can. The first time, a small one is tried."""
+        """Why programs of a language cannot be executed here; "" = they can. The first time, a small one is tried."""
         if language not in self._probed:
             self._probed[language] = self._probe(language)
         return self._probed[language]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.actors.verifier import Verifier
 from fewstep.pipelines.tasks.answer_format import AnswerFormat
 from fewstep.platform.artifacts import file_digest
 from fewstep.platform.errors import TaskFileError
@@ -167,6 +168,16 @@ def make_tasks(
         except (ValueError, TypeError, AttributeError) as error:
             excluded.append(Exclusion(name, str(error)))
     return tuple(tasks.values()), tuple(excluded)
+
+
+def unrunnable(tasks: Sequence[Task], verifier: Verifier) -> list[Exclusion]:
+    """The tasks in languages whose programs the verifier cannot execute, each with the reason."""
+    missing = verifier.missing(sorted({task.check.language for task in tasks if task.check.executes}))
+    return [
+        Exclusion(task.task_id, missing[task.check.language])
+        for task in tasks
+        if task.check.executes and task.check.language in missing
+    ]
 
 
 def text_of(row: Row, key: str, *, empty: bool = False) -> str:
