@@ -32,14 +32,22 @@ class Verifier(Protocol):
     """What refinement and evaluation ask for."""
 
     def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
-        """One verdict for each (task, completion text), in order; the program is `task.prompt + completion`."""
+        """One verdict for each (task, answer), in order; what is judged is `task.program(answer)`."""
+
+    def missing(self, languages: Sequence[str]) -> dict[str, str]:
+        """Those of the languages whose programs cannot be executed (checks that `executes`), each with the reason."""
 
     def close(self) -> None:
         """Ends everything it started."""
 
 
 def _judge(sandbox: Sandbox, answers: Sequence[Answer]) -> list[Verdict]:
-    return sandbox.run_many([(task.prompt + text, task.check, task.timeout_s) for task, text in answers])
+    return sandbox.run_many([(task.program(text), task.check, task.timeout_s) for task, text in answers])
+
+
+def _missing(sandbox: Sandbox, languages: Sequence[str]) -> dict[str, str]:
+    reasons = {language: sandbox.missing(language) for language in languages}
+    return {language: reason for language, reason in reasons.items() if reason}
 
 
 class LocalVerifier:
@@ -76,6 +84,10 @@ class LocalVerifier:
             verdicts[index::count] = share
         return [verdict for verdict in verdicts if verdict is not None]
 
+    def missing(self, languages: Sequence[str]) -> dict[str, str]:
+        """See Verifier."""
+        return _missing(self._sandboxes[0], languages)
+
     def close(self) -> None:
         self._threads.shutdown()
         for sandbox in self._sandboxes:
@@ -96,6 +108,9 @@ class VerifierWorker:
 
     def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
         return _judge(self._sandbox, answers)
+
+    def missing(self, languages: Sequence[str]) -> dict[str, str]:
+        return _missing(self._sandbox, languages)
 
     def describe(self) -> tuple[int, str]:
         """Process id and isolation layers."""
@@ -180,6 +195,20 @@ class VerifierPool:
                 waiting.appendleft((start, tries + 1))
             idle.append(worker)
         return [verdict for start in chunks for verdict in verdicts[start]]
+
+    def missing(self, languages: Sequence[str]) -> dict[str, str]:
+        """See Verifier. A language that one worker's host lacks is missing: any worker may get any program.
+
+        Raises:
+            ActorDied: a worker did not say within _START_SECONDS.
+        """
+        try:
+            found = self._ray.get(
+                [worker.missing.remote(list(languages)) for worker in self._workers], timeout=_START_SECONDS
+            )
+        except (self._ray.exceptions.RayError, TimeoutError) as error:
+            raise ActorDied("verifier", str(error)) from error
+        return {language: reason for reasons in found for language, reason in reasons.items()}
 
     def _replace(self, worker: int, cause: Exception) -> None:
         _log.warning("verifier %d died and is replaced: %s", worker, str(cause).strip().splitlines()[0])

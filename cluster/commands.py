@@ -79,8 +79,8 @@ COMMANDS: dict[str, Command] = {
         ray=True,
     ),
     "evaluate": Command(
-        "measure a model's speed-quality frontier; prove the verifier on HumanEval",
-        "fewstep.pipelines.settings:EvaluateConfig",
+        "measure speed and quality on benchmarks, compare two models, prove the verifier",
+        "fewstep.pipelines.evaluation_settings:EvaluateConfig",
         "fewstep.pipelines.evaluate:run",
         ray=True,
     ),

@@ -1,248 +1,262 @@
-"""`fewstep evaluate`: a model's speed-quality frontier, or the proof that the verifier can be trusted."""
+"""`fewstep evaluate`: the speed and quality of a model, or of two, on benchmarks; or the proof that verdicts can be trusted."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from fewstep.actors.engine.request import Request
 from fewstep.actors.replica import ReplicaSettings
 from fewstep.actors.replica_pool import ReplicaPool
+from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import Verifier, VerifierPool
-from fewstep.kernels.model.checkpoint import load_tokenizer
+from fewstep.kernels.model.checkpoint import load_model, load_tokenizer
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.pipelines.figures import draw_frontier
-from fewstep.pipelines.film_strip import Strip, draw_film_strips, token_texts
-from fewstep.pipelines.frontier import (
-    SEQUENTIAL,
-    Generate,
-    accuracy_under_parallelism,
-    cheapest_within,
-    measure,
-    point_record,
-    quality_bar,
-    sequential_point,
+from fewstep.pipelines.evaluation import (
+    Measured,
+    Prepared,
+    Subject,
+    measure_policy,
+    policies,
+    prepare,
+    without,
 )
-from fewstep.pipelines.frontier_table import frontier_table
-from fewstep.pipelines.models import model_folder
-from fewstep.pipelines.settings import EvaluateConfig
-from fewstep.pipelines.tasks.family import tasks as family_tasks
-from fewstep.pipelines.tasks.files import read_tasks
-from fewstep.pipelines.tasks.humaneval import load_humaneval, with_body
-from fewstep.platform.artifacts import atomic_write_text, file_digest, git_commit, machine_info
-from fewstep.platform.errors import FewstepError, RequestError
-from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout, Task
-from fewstep.platform.trajectories import write_rollouts
+from fewstep.pipelines.evaluation_figure import draw_evaluation
+from fewstep.pipelines.evaluation_film import draw_film
+from fewstep.pipelines.evaluation_report import Results, exclusions_text, report_text, write_report
+from fewstep.pipelines.evaluation_settings import BenchmarkChoice, EvaluateConfig
+from fewstep.pipelines.evaluation_summary import compare_models, summarise_frontier
+from fewstep.pipelines.evaluation_tracking import (
+    log_comparison,
+    log_frontier,
+    log_repair,
+    log_report,
+    open_tracker,
+)
+from fewstep.pipelines.frontier import Generate
+from fewstep.pipelines.models import pinned_model, weights_digest
+from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.repair import compare_repairs, corrupted, measure_repair
+from fewstep.pipelines.self_test import refuse_misjudged, self_test
+from fewstep.pipelines.tasks.benchmark import Benchmark, unrunnable
+from fewstep.pipelines.tasks.benchmarks import load_benchmark
+from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
+from fewstep.platform.config import render_config
+from fewstep.platform.errors import TaskFileError
 
-# What takes the place of a right body: a wrong answer, no answer, and two ways to leave that look like success.
-BROKEN_BODIES = ("return None", "raise NotImplementedError", "raise SystemExit(0)", "import os; os._exit(0)")
+OpenEngine = Callable[[Subject], AbstractContextManager[Generate]]
+# Where the answers are computed and kept changes none of them.
+_FREE = ("out", "resume", "tracking_uri", "experiment", "num_replicas", "replica_cpus", "max_sequences", "num_verifiers", "k", "model", "compare")  # fmt: skip
 
 
 def run(config: EvaluateConfig) -> None:
-    """Measure, print a table, and write report.json, frontier.png, frontier.md, film.png and trajectories.parquet.
+    """Measures, prints tables, and writes report.json, report.md, frontier.png, answers.parquet and the trajectories.
 
-    With `humaneval` the verifier is tested instead, and humaneval.json written.
+    With `self_test` the benchmarks' own solutions are judged instead, and self-test.json written.
 
     Raises:
-        UserError: a model, a task file or a prompt that cannot be used, before anything starts.
+        UserError: a model, a benchmark or a folder that cannot be used, before anything is measured.
         FewstepError: the verifier passed a broken program or failed a right one.
     """
-    if config.humaneval:
-        tasks = load_humaneval()
+    benchmarks = [load_benchmark(choice) for choice in config.benchmarks if choice.name != "repair"]
+    if config.self_test:
         with VerifierPool(config.num_verifiers) as verifier:
-            prove_verifier(config, tasks, verifier, verifier.isolation)
+            prove(config, benchmarks, verifier, verifier.isolation)
         return
-    folder = model_folder(config.model, config.tracking_uri)
-    model = ModelConfig.load(folder)
-    tokenizer = load_tokenizer(folder, model)
-    tasks = choose_tasks(config)
-    refuse_what_does_not_fit(config, tasks, model, tokenizer)
-    identity = {
-        "address": config.model or "embedded",
-        "weights_sha256": file_digest(folder / "model.safetensors"),
-    }
+    subjects = open_subjects(config)
     settings = ReplicaSettings(max_sequences=config.max_sequences, num_cpus=config.replica_cpus)
-    with (
-        ReplicaPool(folder, config.num_replicas, run_id="evaluate", settings=settings) as replicas,
-        VerifierPool(config.num_verifiers) as verifier,
-    ):
-        evaluate(config, identity, model, tokenizer, tasks, replicas.generate, verifier)
 
+    @contextmanager
+    def engine(subject: Subject) -> Iterator[Generate]:
+        with ReplicaPool(subject.folder, config.num_replicas, run_id="evaluate", settings=settings) as pool:
+            yield pool.generate
 
-def choose_tasks(config: EvaluateConfig) -> list[Task]:
-    """The tasks of the file, or held-out ones of the embedded family."""
-    if config.tasks is not None:
-        return read_tasks(config.tasks)
-    return family_tasks(config.num_tasks, config.seed, held_out=True)
-
-
-def refuse_what_does_not_fit(
-    config: EvaluateConfig, tasks: Sequence[Task], model: ModelConfig, tokenizer: Tokenizer
-) -> None:
-    """Raises a RequestError that names the first task whose prompt the model cannot serve."""
-    for task in tasks:
-        prompt = tuple(tokenizer.encode(task.prompt).ids)
-        try:
-            Request(task.task_id, prompt, SEQUENTIAL, config.max_tokens).validate(model)
-        except RequestError as error:
-            raise RequestError(
-                f"task {task.task_id}, {error.field}", error.got, error.allowed, error.fix
-            ) from error
+    with VerifierPool(config.num_verifiers) as verifier:
+        evaluate(config, subjects, benchmarks, engine, verifier, verifier.isolation)
 
 
 def evaluate(
     config: EvaluateConfig,
-    identity: dict[str, str],
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    tasks: Sequence[Task],
-    generate: Generate,
+    subjects: list[Subject],
+    benchmarks: Sequence[Benchmark],
+    engine: OpenEngine,
     verifier: Verifier,
-) -> list[FrontierPoint]:
-    """Measure and write everything into `config.out`.
+    isolation: str,
+) -> Results:
+    """The whole measurement, from where an earlier one in `config.out` was interrupted.
 
     Args:
-        identity: what the report says of the model: its address and the digest of its weights.
+        engine: a context per model that gives what turns requests into trajectories.
     """
-    name = identity["address"]
-    print(f"measuring {name} on {len(tasks)} tasks", flush=True)
-    start = time.monotonic()
-    rollouts: dict[DecodePolicy, list[Rollout]] = {}
-    points = measure(
-        tasks,
-        config.sweep.policies(),
-        generate,
-        verifier.verify,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        observe=lambda point, found: rollouts.update({point.policy: found}),
-    )
-    bar = quality_bar(points)
-    report = {
-        "model": identity,
-        "tasks": {
-            "source": "held-out specifications of the embedded family"
-            if config.tasks is None
-            else config.tasks.name,
-            "num_tasks": len(tasks),
-        },
-        **_summary(points, bar),
-        "seconds": time.monotonic() - start,
-        "commit": git_commit(),
-        "machine": machine_info(),
-        "settings": config.model_dump(mode="json"),
-    }
-    everything = [rollout for found in rollouts.values() for rollout in found]
-    write_rollouts(
-        config.out / "trajectories.parquet", everything, {"model": identity, "commit": report["commit"]}
-    )
-    title = f"{name}: speed-quality frontier, {len(tasks)} tasks"
-    draw_frontier(config.out / "frontier.png", points, bar=bar, title=title)
-    _draw_film(config, points, bar, rollouts, tokenizer, model.block_size)
-    atomic_write_text(config.out / "frontier.md", frontier_table(points, bar, "markdown") + "\n")
-    atomic_write_text(config.out / "report.json", json.dumps(report, indent=2) + "\n")
-    print(f"\n{frontier_table(points, bar)}\n\nwrote {config.out}", flush=True)
-    return points
+    started = time.monotonic()
+    benchmarks, prepared = plan(config, subjects, benchmarks, verifier)
+    results = Results(subjects, {benchmark.name: benchmark for benchmark in benchmarks}, isolation)
+    begin(config, subjects, benchmarks)
+    measured: dict[tuple[str, str], list[Measured]] = {}
+    with open_tracker(config, subjects, benchmarks) as tracker:
+        for subject in subjects if benchmarks else ():
+            with engine(subject) as generate:
+                for benchmark in benchmarks:
+                    print(f"{subject.address} on {benchmark.name}, {len(benchmark.tasks)} tasks", flush=True)
+                    tasks = prepared[subject.slot, benchmark.name]
+                    found = [
+                        measure_policy(subject, benchmark, tasks, policy, config, generate, verifier)
+                        for policy in policies(config)
+                    ]
+                    measured[subject.slot, benchmark.name] = found
+                    frontier = summarise_frontier(found, benchmark, config.k)
+                    results.add(benchmark.name, subject.slot, frontier, found)
+                    log_frontier(tracker, benchmark.name, subject.slot, frontier)
+        for choice in config.benchmarks:
+            if choice.name == "repair":
+                _repair(config, choice, subjects, results, verifier)
+                for slot, summaries in results.repairs.items():
+                    log_repair(tracker, slot, summaries)
+        if config.compare is not None:
+            _compare(results, measured)
+            for name, comparisons in results.comparisons.items():
+                log_comparison(tracker, name, comparisons)
+        _conclude(config, results, time.monotonic() - started)
+        log_report(tracker, config)
+    return results
 
 
-def _summary(points: Sequence[FrontierPoint], bar: float) -> dict[str, Any]:
-    reference, cheapest = sequential_point(points), cheapest_within(points, bar) or sequential_point(points)
-    return {
-        "points": [point_record(point) for point in points],
-        "bar": bar,
-        "cheapest": cheapest.policy.label(),
-        "speedup_vs_sequential": reference.forwards_per_answer / cheapest.forwards_per_answer,
-        "accuracy_under_parallelism": accuracy_under_parallelism(points),
-    }
+def open_subjects(config: EvaluateConfig) -> list[Subject]:
+    """The models, pinned: an alias that moves while they are measured changes nothing.
 
-
-def _draw_film(
-    config: EvaluateConfig,
-    points: Sequence[FrontierPoint],
-    bar: float,
-    rollouts: dict[DecodePolicy, list[Rollout]],
-    tokenizer: Tokenizer,
-    block_size: int,
-) -> None:
-    """One task under the reference and under the cheapest good policy; a task both solve, if there is one."""
-    cheapest = cheapest_within(points, bar) or sequential_point(points)
-    policies = dict.fromkeys((sequential_point(points).policy, cheapest.policy))
-    answers = list(zip(*(rollouts[policy] for policy in policies), strict=True))
-    chosen = next((row for row in answers if all(rollout.verdict.passed for rollout in row)), answers[0])
-    strips = [
-        Strip(
-            f"{policy.label()}: {rollout.trajectory.num_tokens} tokens in {rollout.trajectory.forwards} forwards, "
-            f"{rollout.verdict.outcome}",
-            rollout.trajectory,
-            token_texts(tokenizer, rollout.trajectory),
+    Raises:
+        UserError: an address or a folder that is no model.
+    """
+    slots = ("model",) if config.compare is None else ("first", "second")
+    subjects = []
+    for slot, address in zip(slots, config.models, strict=True):
+        pinned, folder = pinned_model(address, config.tracking_uri)
+        model = ModelConfig.load(folder)
+        subjects.append(
+            Subject(
+                address=address or "embedded",
+                pinned=pinned,
+                folder=folder,
+                weights_sha256=weights_digest(folder),
+                slot=slot,
+                model=model,
+                tokenizer=load_tokenizer(folder, model),
+                chat=ChatTemplate(folder),
+            )
         )
-        for policy, rollout in zip(policies, chosen, strict=True)
-    ]
-    draw_film_strips(config.out / "film.png", strips, block_size)
+    return subjects
 
 
-def prove_verifier(
-    config: EvaluateConfig, tasks: Sequence[Task], verifier: Verifier, isolation: str
-) -> dict[str, Any]:
-    """Every canonical solution must pass, and none of them with its body replaced.
+def plan(
+    config: EvaluateConfig, subjects: Sequence[Subject], benchmarks: Sequence[Benchmark], verifier: Verifier
+) -> tuple[list[Benchmark], dict[tuple[str, str], list[Prepared]]]:
+    """What can be measured: tasks in a language that runs here and within the context of every model.
 
-    Writes humaneval.json before it raises.
+    Returns:
+        The benchmarks without the rest, each row of which is listed with its reason; the tasks in each model's tokens.
+    Raises:
+        TaskFileError: nothing of a benchmark is left.
+    """
+    planned, prepared = [], {}
+    for benchmark in benchmarks:
+        benchmark = without(benchmark, unrunnable(benchmark.tasks, verifier))
+        ready = {subject.slot: prepare(subject, benchmark, config) for subject in subjects}
+        too_long = {one.task_id: one for _, excluded in ready.values() for one in excluded}
+        benchmark = without(benchmark, list(too_long.values()))
+        if excluded := exclusions_text(benchmark):
+            print(f"{benchmark.name}: {excluded}", flush=True)
+        if not benchmark.tasks:
+            raise TaskFileError(
+                benchmark.name, "no task that can be measured", "at least one", "see the reasons above"
+            )
+        planned.append(benchmark)
+        for slot, (tasks, _) in ready.items():
+            prepared[slot, benchmark.name] = [item for item in tasks if item.task.task_id not in too_long]
+    return planned, prepared
+
+
+def begin(config: EvaluateConfig, subjects: Sequence[Subject], benchmarks: Sequence[Benchmark]) -> None:
+    """Makes `config.out` ready: for going on, if it holds the same evaluation, else from the start.
+
+    Raises:
+        ConfigError: it holds another one.
+    """
+    same = config.model_dump(mode="json", exclude=set(_FREE))
+    weights = [subject.weights_sha256 for subject in subjects]
+    data = [(benchmark.digest, len(benchmark.tasks)) for benchmark in benchmarks]
+    fingerprint = json.dumps([same, weights, data], sort_keys=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    if read_progress(config.out, fingerprint, resume=config.resume) is None:
+        shutil.rmtree(config.out / "trajectories", ignore_errors=True)
+        write_progress(config.out, fingerprint, {"models": [subject.identity for subject in subjects]})
+    elif (config.out / "trajectories").is_dir():
+        print(f"going on with what {config.out} holds", flush=True)
+    atomic_write_text(config.out / "config.yaml", render_config(config))
+
+
+def _repair(
+    config: EvaluateConfig,
+    choice: BenchmarkChoice,
+    subjects: Sequence[Subject],
+    results: Results,
+    verifier: Verifier,
+) -> None:
+    tasks = load_benchmark(choice).tasks
+    for subject in subjects:
+        model, tokenizer = load_model(subject.folder)
+        print(f"{subject.address} on repair, {len(tasks)} corrupted answers", flush=True)
+        drafts = corrupted(tasks, tokenizer, model.config, choice.corrupted_share, choice.seed)
+        results.repairs[subject.slot] = measure_repair(
+            model, tokenizer, drafts, config.edit_thresholds, verifier.verify
+        )
+    if len(subjects) == 2:
+        results.repair_tests = compare_repairs(*results.repairs.values())
+
+
+def _compare(results: Results, measured: dict[tuple[str, str], list[Measured]]) -> None:
+    for name in results.benchmarks:
+        summaries = [results.frontiers[name][slot] for slot in ("first", "second")]
+        results.comparisons[name] = compare_models(
+            measured["first", name], measured["second", name], summaries, name
+        )
+
+
+def _conclude(config: EvaluateConfig, results: Results, seconds: float) -> None:
+    draw_evaluation(
+        config.out / "frontier.png",
+        {name: results.named(frontiers) for name, frontiers in results.frontiers.items()},
+        results.named(results.repairs),
+    )
+    for name, frontiers in list(results.frontiers.items())[:1]:
+        subject = results.subjects[-1]
+        draw_film(config, subject, name, frontiers[subject.slot])
+    write_report(config, results, seconds)
+    print(f"\n{report_text(results)}\n\nwrote {config.out}", flush=True)
+
+
+def prove(
+    config: EvaluateConfig, benchmarks: Sequence[Benchmark], verifier: Verifier, isolation: str
+) -> list[dict[str, Any]]:
+    """Judges the benchmarks' own solutions, right and broken, and writes self-test.json before it raises.
 
     Raises:
         FewstepError: names the programs that were judged wrongly.
     """
-    print(f"{len(tasks)} HumanEval tasks, isolation {isolation}", flush=True)
-    canonical = _judge(verifier, tasks, "canonical", should_pass=True)
-    broken = {
-        body: _judge(verifier, [with_body(task, body) for task in tasks], f"body = {body}", should_pass=False)
-        for body in BROKEN_BODIES
-    }
-    report = {
-        "canonical": canonical,
-        "broken": broken,
-        "num_tasks": len(tasks),
+    print(f"isolation {isolation}", flush=True)
+    reports = [self_test(benchmark, verifier) for benchmark in benchmarks]
+    record = {
+        "benchmarks": reports,
         "isolation": isolation,
         "num_verifiers": config.num_verifiers,
         "commit": git_commit(),
         "machine": machine_info(),
     }
-    atomic_write_text(config.out / "humaneval.json", json.dumps(report, indent=2) + "\n")
-    print(f"wrote {config.out / 'humaneval.json'}", flush=True)
-    wrong = [f"{task_id} failed" for task_id in canonical["misjudged"]]
-    wrong += [
-        f"{task_id} passed with `{body}`" for body, found in broken.items() for task_id in found["misjudged"]
-    ]
-    if wrong:
-        raise FewstepError(f"the verifier misjudged {len(wrong)} programs: {', '.join(wrong[:5])}")
-    return report
-
-
-def _judge(verifier: Verifier, tasks: Sequence[Task], name: str, *, should_pass: bool) -> dict[str, Any]:
-    """Verdicts over the tasks' own solutions, summed up, with the ids of those judged wrongly."""
-    start = time.perf_counter()
-    verdicts = verifier.verify([(task, task.canonical_solution) for task in tasks])
-    seconds = time.perf_counter() - start
-    passed = sum(verdict.passed for verdict in verdicts)
-    print(
-        f"  {name:<32} {passed:>3} passed, {len(tasks) - passed:>3} failed  {seconds:6.2f} s  "
-        f"{len(tasks) / seconds:6.1f} verdicts/s",
-        flush=True,
-    )
-    return {
-        "passed": passed,
-        "failed": len(tasks) - passed,
-        "misjudged": [
-            task.task_id
-            for task, verdict in zip(tasks, verdicts, strict=True)
-            if verdict.passed != should_pass
-        ],
-        "outcomes": dict(Counter(verdict.outcome for verdict in verdicts).most_common()),
-        "isolation": sorted({verdict.isolation for verdict in verdicts}),
-        "seconds": seconds,
-        "verdicts_per_second": len(tasks) / seconds,
-    }
+    path = config.out / "self-test.json"
+    atomic_write_text(path, json.dumps(record, indent=2) + "\n")
+    print(f"wrote {path}", flush=True)
+    for benchmark, report in zip(benchmarks, reports, strict=True):
+        refuse_misjudged(benchmark, report)
+    return reports

@@ -19,7 +19,7 @@ def frontier_table(points: Sequence[FrontierPoint], bar: float, style: TableStyl
     chosen = cheapest_within(points, bar)
     rows = [[point.policy.label(), *_cells(point, point is chosen)] for point in points]
     note = _note(bar, points[0].num_tasks)
-    return _render([["policy", *_COLUMNS], *rows], style) + "\n\n" + note
+    return render_table([["policy", *_COLUMNS], *rows], style) + "\n\n" + note
 
 
 def comparison_table(
@@ -38,7 +38,8 @@ def comparison_table(
         rows.append(row)
     header = ["policy", *(f"{when} {name}" for when in ("before", "after") for name in _COLUMNS)]
     return (
-        _render([header, *rows], style) + f"\n\n{_note(speedup.bar, before[0].num_tasks)}\n{speedup.text()}"
+        render_table([header, *rows], style)
+        + f"\n\n{_note(speedup.bar, before[0].num_tasks)}\n{speedup.text()}"
     )
 
 
@@ -59,7 +60,8 @@ def _cells(point: FrontierPoint, chosen: bool) -> tuple[str, ...]:
     )
 
 
-def _render(rows: list[list[str]], style: TableStyle) -> str:
+def render_table(rows: list[list[str]], style: TableStyle) -> str:
+    """Rows of cells as text, the first one being the heading; a heading of two words takes two lines in plain text."""
     if style == "markdown":
         head, *body = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *body])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+
+from fewstep.platform.artifacts import file_digest
+from fewstep.platform.errors import CheckpointError
 
 # Where `make demo` keeps its store: a newcomer's models:/ names are looked up there.
 DEMO_TRACKING_URI = "sqlite:///runs/demo/mlflow.db"
@@ -27,6 +31,36 @@ def model_folder(model: str, tracking_uri: str) -> Path:
     if model.startswith("models:/"):
         from fewstep.platform.mlflow_registry import mlflow_model_folder
 
-        store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "") or DEMO_TRACKING_URI
-        return mlflow_model_folder(model, store)
+        return mlflow_model_folder(model, _store(tracking_uri))
     return Path(model)
+
+
+def pinned_model(model: str, tracking_uri: str) -> tuple[str, Path]:
+    """A model's address as it stands now, with a version in place of an alias, and its local folder.
+
+    Raises:
+        UserError: as `model_folder`.
+    """
+    if not model.startswith("models:/"):
+        return model or "embedded", model_folder(model, tracking_uri)
+    from fewstep.platform.model_address import pinned_address
+
+    pinned = pinned_address(model, _store(tracking_uri))
+    return pinned, model_folder(pinned, tracking_uri)
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weights' files of a model folder, in the order of their names.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(str(folder), "no *.safetensors", "a model folder", "check the path")
+    digests = [file_digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _store(tracking_uri: str) -> str:
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "") or DEMO_TRACKING_URI

@@ -181,33 +181,3 @@ class RefineConfig(Config):
         if self.prompts_per_step < self.updates_per_step * self.trainer.num_ranks:
             raise ValueError("prompts_per_step must be at least updates_per_step x trainer.num_ranks")
         return self
-
-
-class EvaluateConfig(Config):
-    """A model's speed-quality frontier on held-out tasks; or the verifier's own test on HumanEval."""
-
-    model: str = ""
-    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
-    tracking_uri: str = ""
-    """MLflow store that a models:/ address is looked up in; empty = MLFLOW_TRACKING_URI, else the demo's."""
-    out: Path = Path("runs/evaluate")
-    """Folder for the report, the figures and the trajectories."""
-    humaneval: bool = False
-    """Instead of measuring a model, run HumanEval's own solutions, right and broken, through the sandbox."""
-    tasks: Path | None = None
-    """A JSON Lines task file; null = held-out specifications of the embedded family."""
-    num_tasks: int = Field(default=500, ge=1)
-    """Distinct held-out specifications (without `tasks`)."""
-    seed: int = Field(default=0, ge=0)
-    """Which held-out specifications are drawn (without `tasks`)."""
-    max_tokens: int = Field(default=80, ge=1)
-    """Tokens of an answer at most; the longest right answer of the embedded family has 63."""
-    sweep: Sweep = Sweep()
-    num_replicas: int = Field(default=2, ge=1)
-    """Engines that answer."""
-    replica_cpus: float = Field(default=0.4, gt=0.0)
-    """Logical CPUs each of them reserves; two and their verifiers fit on a single core."""
-    max_sequences: int = Field(default=48, ge=1)
-    """Requests that share a forward in one replica."""
-    num_verifiers: int = Field(default=2, ge=1)
-    """Sandboxes that judge."""

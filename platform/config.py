@@ -40,12 +40,16 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 @dataclass(frozen=True)
 class ConfigKey:
-    """One settable key: its full dotted path, its type as text, its default as text, and its documentation."""
+    """One settable key: its full dotted path, its type as text, its default as text, and its documentation.
+
+    num_values: how many values its option takes on the command line; more than 1 for a tuple of that length.
+    """
 
     path: str
     type: str
     default: str
     description: str
+    num_values: int = 1
 
 
 def load_config(cls: type[ConfigT], path: Path | None, overrides: Sequence[str]) -> ConfigT:
@@ -274,7 +278,8 @@ def _walk_keys(cls: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
         else:
             value = field.get_default(call_default_factory=True, validated_data={})
             default = "" if value is PydanticUndefined else _shorten(_plain(value))
-        yield ConfigKey(path, _type_text(annotation), default, _one_line(field.description or ""))
+        description = _one_line(field.description or "")
+        yield ConfigKey(path, _type_text(annotation), default, description, _num_values(annotation))
 
 
 def _plain(value: Any) -> str:
@@ -297,6 +302,14 @@ def _type_text(annotation: Any) -> str:
         )
         return f"{getattr(origin, '__name__', str(origin))}[{arguments}]"
     return getattr(annotation, "__name__", str(annotation))
+
+
+def _num_values(annotation: Any) -> int:
+    """The length of a tuple of fixed length, through Optional; 1 for anything else."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return max(_num_values(argument) for argument in get_args(annotation))
+    fixed = get_origin(annotation) is tuple and Ellipsis not in get_args(annotation)
+    return len(get_args(annotation)) if fixed else 1
 
 
 def _one_line(text: str) -> str:

@@ -228,27 +228,55 @@ class Rollout:
     advantage: float = 0.0
 
 
+CheckKind = Literal["call", "script", "source", "stdin"]
+
+
 @dataclass(frozen=True)
 class Check:
-    """How an answer is verified. Exactly one of the two forms.
+    """How an answer is verified. Exactly one of four forms, the safest first.
 
     call: `entry_point` is called with each of `inputs` (positional arguments as JSON lists) inside the
         sandbox; what it returns is sent out and compared with `expected` outside, so the program never sees
         the right answers.
+    stdin: the program is run once for each of `inputs` (one text each) on its standard input; what it prints is
+        compared with `expected` outside, line by line.
     script: `test_code` (HumanEval shape: it must define `check(candidate)`) runs in a sandboxed process of its
-        own, calls the program by message, and passes if it returns.
+        own, calls the program by message, and passes if it returns. Each of `parts` is such a function and a test.
+    source: program and `test_code` are one program in `language`, or, with `module`, two files of which the tests
+        import the program's by that name. It passes if it ends well after its last test: for tests that cannot
+        be told apart from the program (docs/decisions/0011-other-languages.md).
+
+    Attributes:
+        language: of the program, a name of actors/sandbox/languages.py; `call` and `script` are Python's alone.
+        entry_point: the function asked for; a name for humans where kind is `source` or `stdin`.
     """
 
-    kind: Literal["call", "script"]
+    kind: CheckKind
     entry_point: str
     inputs: tuple[tuple[Any, ...], ...] = ()
     expected: tuple[Any, ...] = ()
     test_code: str = ""
+    parts: tuple[str, ...] = ("check",)
+    language: str = "python"
+    module: str = ""
+
+    @property
+    def executes(self) -> bool:
+        """Whether it starts processes of its language's tools, which not every host and isolation can."""
+        return self.kind in ("source", "stdin")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and its check. `prompt` is the text the model continues; program = prompt + completion."""
+    """A prompt and its check.
+
+    Attributes:
+        prompt: the text the model continues.
+        timeout_s: wall seconds in the sandbox, compilation aside.
+        canonical_solution: an answer that is known to be right; empty = none is known.
+        header: what stands before the answer in the program, where that is not the prompt (chat, edits).
+        suffix: what stands behind the answer in the program; an infilling model is shown it.
+    """
 
     task_id: str
     prompt: str
@@ -256,6 +284,12 @@ class Task:
     timeout_s: float = 2.0
     canonical_solution: str = ""
     tags: dict[str, str] = field(default_factory=dict)
+    header: str | None = None
+    suffix: str = ""
+
+    def program(self, answer: str) -> str:
+        """The source text that is judged."""
+        return (self.prompt if self.header is None else self.header) + answer + self.suffix
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
+import pytest
 import torch
 
 # A suite started in the background of a script inherits "ignore" for Ctrl-C, and so would every command it starts.
@@ -15,3 +17,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # without the variable (tests/kernels/test_ahead_of_time.py).
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder of published benchmark files: FEWSTEP_BENCHMARKS, or shared/data/benchmarks beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data" / "benchmarks"
+    folder = Path(os.environ.get("FEWSTEP_BENCHMARKS") or beside)
+    if not folder.is_dir():
+        pytest.skip("no published benchmark files: set FEWSTEP_BENCHMARKS to their folder")
+    return folder

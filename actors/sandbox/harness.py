@@ -1,7 +1,8 @@
-"""What runs in the forked children: a program under test, or the check that talks to one.
+"""What runs in the forked children: a program under test, the check that talks to one, or the supervisor of commands.
 
-Both speak wire frames on their own socket with the process that ordered the verdict. A program's replies are data to
-be judged elsewhere, so nothing here needs protection from the program: it can only lie about its own answers.
+All speak wire frames on their own socket with the process that ordered the verdict. A program's replies are data to
+be judged elsewhere, so nothing here needs protection from the program: it can only lie about its own answers. The
+supervisor runs no untrusted code itself; what it starts inherits its confinement, but not its socket.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import builtins
 import os
 import random
 import socket
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -20,6 +22,15 @@ from fewstep.actors.sandbox import values, wire
 OUT_OF_MEMORY_EXIT = 77
 _NO_LIMIT = 1 << 31
 _DETAIL_CHARS = 200
+_ERROR_BYTES = 4000
+_OUTPUT, _ERRORS = ".output", ".errors"
+# All a command finds in its environment; its folder stands in for the home and the temporary one.
+_ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 def describe(error: BaseException) -> str:
@@ -36,10 +47,9 @@ def main(connection: socket.socket) -> None:
         wire.send(connection, {"ready": True})
         order = wire.receive(connection, _NO_LIMIT)
         random.seed(0)  # the zygote's generator state differs from start to start
-        if order["role"] == "program":
-            _run_program(connection, order)
-        else:
-            _run_checker(connection, order)
+        {"program": _run_program, "checker": _run_checker, "commands": _run_commands}[order["role"]](
+            connection, order
+        )
     except MemoryError:
         os._exit(OUT_OF_MEMORY_EXIT)
     os._exit(0)
@@ -159,14 +169,74 @@ def _run_checker(connection: socket.socket, order: dict[str, Any]) -> None:
             if not (hasattr(builtins, name) or name.startswith("__")):
                 setattr(module, name, program.function(name))
         exec(code, module.__dict__)  # noqa: S102 -- the task's own check
-        check = module.__dict__["check"]
+        checks = [module.__dict__[name] for name in order["parts"]]
     except BaseException as error:  # noqa: BLE001 -- whatever it is, the check is at fault
         wire.send(connection, {"broken": describe(error)})
         return
+    for check in checks:
+        try:
+            check(program.function(order["entry_point"]))
+        except BaseException as error:  # noqa: BLE001 -- only a normal return is a pass
+            outcome = "runtime_error" if error is program.last_error else "wrong_answer"
+            wire.send(connection, {"failed": outcome, "detail": describe(error)})
+        else:
+            wire.send(connection, {"passed": order["nonce"]})
+
+
+def _run_commands(connection: socket.socket, order: dict[str, Any]) -> None:
+    """Writes the files, then executes whatever is asked for, one command at a time."""
+    for name, text in order["files"].items():
+        with open(name, "w", encoding="utf-8", errors="surrogatepass", newline="") as file:
+            file.write(text)
+    wire.send(connection, {"loaded": True})
+    while True:
+        try:
+            command = wire.receive(connection, _NO_LIMIT)
+        except EOFError:
+            return
+        wire.send(connection, _execute(command, order["output_bytes"], order["environment"]))
+
+
+def _execute(command: dict[str, Any], output_bytes: int, more: dict[str, str]) -> dict[str, Any]:
+    """Runs one command to its end. The reply has its exit status (minus a signal), what it printed (the last
+    `output_bytes` of it) and the end of its error stream."""
+    folder = os.getcwd()
+    environment = {**_ENVIRONMENT, "HOME": folder, "TMPDIR": folder, **more}
     try:
-        check(program.function(order["entry_point"]))
-    except BaseException as error:  # noqa: BLE001 -- only a normal return is a pass
-        outcome = "runtime_error" if error is program.last_error else "wrong_answer"
-        wire.send(connection, {"failed": outcome, "detail": describe(error)})
-        return
-    wire.send(connection, {"passed": order["nonce"]})
+        # Into files, not pipes: the size limit bounds them, and no reader is needed while the program runs.
+        with open(_OUTPUT, "w+b") as output, open(_ERRORS, "w+b") as errors:
+            given = command["stdin"].encode("utf-8", "surrogatepass")
+            process = subprocess.Popen(
+                command["argv"],
+                stdin=subprocess.PIPE if given else subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env=environment,
+            )
+            with process:
+                if given:
+                    _feed(process, given)
+                status = process.wait()
+            return {
+                "status": status,
+                "output": _last(output, output_bytes),
+                "errors": _last(errors, _ERROR_BYTES),
+                "printed_bytes": output.seek(0, os.SEEK_END),
+            }
+    except OSError as error:
+        return {"status": 127, "output": "", "errors": describe(error), "printed_bytes": 0}
+
+
+def _feed(process: subprocess.Popen[bytes], text: bytes) -> None:
+    if process.stdin is not None:
+        try:
+            process.stdin.write(text)
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it does not read all it is given, which is its own affair
+
+
+def _last(file: Any, count: int) -> str:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - count))
+    return str(file.read(count).decode("utf-8", "replace"))

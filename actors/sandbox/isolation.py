@@ -30,7 +30,7 @@ from fewstep.actors.sandbox import linux
 
 _FIRST_JOB_UID = 0x60000000  # far above what distributions and user-id maps hand out
 _INNER_ID = 1000  # not 0, so that an exec inside the user namespace gives no capability back
-_SYSTEM_PATHS = (
+SYSTEM_PATHS = (
     "/usr",
     "/lib",
     "/lib32",
@@ -56,7 +56,7 @@ _UNSHARED = (
 
 @dataclass(frozen=True)
 class Caps:
-    """Ceilings of one child; see sandbox.Limits for the units."""
+    """Ceilings of one child; see limits.Limits for the units."""
 
     memory_bytes: int
     processes: int
@@ -92,15 +92,20 @@ def plans(mode: str) -> list[Plan]:
 
 @dataclass
 class Isolation:
-    """The isolation of one zygote. `enter` once, then `confine` in every child before it sees any code."""
+    """The isolation of one zygote. `enter` once, then `confine` in every child before it sees any code.
+
+    `shown`: folders of toolchains outside the system's own, visible read-only in the new root.
+    """
 
     plan: Plan
-    caps: Caps
+    shown: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     _pid_namespace: int = -1
     _null: int = -1
     _first_uid: int = 0
-    _nproc: int | None = None
+    _others: int | None = (
+        None  # processes beside a child's own under its user id; None = RLIMIT_NPROC does not bite
+    )
     _host_processes_visible: bool = field(default=True)
 
     def enter(self) -> None:
@@ -121,15 +126,15 @@ class Isolation:
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
         if self.plan.own_uid:
             layers += ["uid", "nproc"]
-            self._nproc = self.caps.processes
+            self._others = 0
         elif self.plan.user_namespace and outer_uid != 0:
             layers.append("nproc")
             # The count is per user and namespace: the zygote, its parent and the sibling of a script check are in it.
-            self._nproc = self.caps.processes + 4
+            self._others = 4
         self._host_processes_visible = not self.plan.namespaces
         if self._seccomp_works():
             layers.append("seccomp")
-        elif not self.plan.namespaces or self._nproc is None:
+        elif not self.plan.namespaces or self._others is None:
             raise OSError("neither namespaces nor seccomp: nothing would hold a program back")
         self.layers = tuple(layers)
 
@@ -145,7 +150,7 @@ class Isolation:
         if child:
             os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-        _new_root()
+        _new_root(self.shown)
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
         linux.unmount("/proc", linux.MNT_DETACH)
         linux.mount("none", "/", None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID)
@@ -160,7 +165,7 @@ class Isolation:
     def _filter(self) -> bytes:
         return linux.seccomp_program(
             own_pid=os.getpid() if self._host_processes_visible else None,
-            may_fork=self._nproc is not None,
+            may_fork=self._others is not None,
             # A scratch folder on the host is emptied file by file; without folders in it that cannot go wrong.
             may_make_directories=self.plan.namespaces,
         )
@@ -202,13 +207,14 @@ class Isolation:
             linux.unshare(linux.CLONE_NEWPID)
         return os.fork()
 
-    def confine(self, connection: int, slot: int, cpu_seconds: int, scratch: str | None) -> int:
+    def confine(self, connection: int, slot: int, cpu_seconds: int, caps: Caps, scratch: str | None) -> int:
         """Locks the calling child in.
 
         Args:
             connection: the only descriptor kept besides 0-2, which become /dev/null.
             slot: index among the children alive at once; selects the user id.
             cpu_seconds: RLIMIT_CPU.
+            caps: this child's ceilings.
             scratch: what `make_scratch` gave.
         Returns:
             The connection's new descriptor, 3.
@@ -221,12 +227,12 @@ class Isolation:
         os.dup2(connection, 3)
         os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         uid = self._first_uid + slot
-        self._enter_scratch(uid, scratch)
+        self._enter_scratch(uid, caps, scratch)
         for number in range(1, signal.NSIG):
             with suppress(OSError, ValueError):  # SIGKILL, SIGSTOP and the C library's own cannot be set
                 signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a full file is an OSError, not a death
-        self._set_rlimits(cpu_seconds)
+        self._set_rlimits(cpu_seconds, caps)
         if self.plan.own_uid:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
@@ -241,11 +247,11 @@ class Isolation:
             linux.install_seccomp(self._filter())
         return 3
 
-    def _enter_scratch(self, uid: int, scratch: str | None) -> None:
+    def _enter_scratch(self, uid: int, caps: Caps, scratch: str | None) -> None:
         if scratch is None:
             linux.unshare(linux.CLONE_NEWNS)
             owner = f",uid={uid},gid={uid}" if self.plan.own_uid else ""
-            options = f"size={self.caps.scratch_bytes},nr_inodes=4096,mode=0700{owner}"
+            options = f"size={caps.scratch_bytes},nr_inodes=4096,mode=0700{owner}"
             linux.mount("none", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, options)
             os.chdir("/tmp")
             return
@@ -253,18 +259,18 @@ class Isolation:
             os.chown(scratch, uid, uid)
         os.chdir(scratch)
 
-    def _set_rlimits(self, cpu_seconds: int) -> None:
+    def _set_rlimits(self, cpu_seconds: int, caps: Caps) -> None:
         limits = {
-            resource.RLIMIT_AS: self.caps.memory_bytes,
+            resource.RLIMIT_AS: caps.memory_bytes,
             resource.RLIMIT_CPU: cpu_seconds,
-            resource.RLIMIT_FSIZE: self.caps.scratch_bytes,
-            resource.RLIMIT_NOFILE: self.caps.open_files,
+            resource.RLIMIT_FSIZE: caps.scratch_bytes,
+            resource.RLIMIT_NOFILE: caps.open_files,
             resource.RLIMIT_CORE: 0,
             resource.RLIMIT_MEMLOCK: 0,
             resource.RLIMIT_MSGQUEUE: 0,
         }
-        if self._nproc is not None:
-            limits[resource.RLIMIT_NPROC] = self._nproc
+        if self._others is not None:
+            limits[resource.RLIMIT_NPROC] = caps.processes + self._others
         for which, value in limits.items():
             hard = resource.getrlimit(which)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -286,8 +292,9 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _new_root() -> None:
-    """Replaces the root folder by a tmpfs that holds the Python installation, the system libraries and four devices.
+def _new_root(shown: tuple[str, ...]) -> None:
+    """Replaces the root folder by a tmpfs that holds the Python installation, the system libraries, the folders of
+    `shown` and four devices.
     /proc is mounted too; the caller takes what it needs from it and unmounts it."""
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("none", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=1m,mode=0755")
@@ -297,7 +304,8 @@ def _new_root() -> None:
     os.mkdir("/tmp")
     os.mkdir("/proc")
     linux.mount("none", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
-    for path in (*_SYSTEM_PATHS, os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)):
+    python = (os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix))
+    for path in (*SYSTEM_PATHS, *python, *shown):
         _show(path, read_only=True)
     for path in _DEVICES:
         _show(path, read_only=False)

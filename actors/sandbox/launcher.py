@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,17 @@ class ZygoteFailure(Exception):
 class Zygote:
     """A running zygote. Not thread-safe: one check at a time.
 
+    Args:
+        caps: ceilings of a child (isolation.Caps).
+        namespaces: see sandbox.Sandbox.
+        shown: folders beside the system's own that children may read.
     Raises:
         ZygoteFailure: it did not start; the message says what the host refused.
     """
 
-    def __init__(self, caps: dict[str, int], namespaces: str) -> None:
+    def __init__(self, caps: dict[str, int], namespaces: str, shown: Sequence[str] = ()) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = {"caps": caps, "plans": [vars(plan) for plan in plans(namespaces)]}
+        settings = {"caps": caps, "plans": [vars(plan) for plan in plans(namespaces)], "shown": list(shown)}
         folder = str(Path(__file__).resolve().parent)
         with theirs:
             descriptor = theirs.fileno()
@@ -71,14 +76,17 @@ class Zygote:
     def pid(self) -> int:
         return self._process.pid
 
-    def spawn(self, timeout_s: float) -> socket.socket:
+    def spawn(self, timeout_s: float, caps: dict[str, int] | None = None) -> socket.socket:
         """A confined child that has reported ready; orders and replies go over the returned socket.
 
+        Args:
+            timeout_s: CPU seconds of any one of its processes, a second less than the kernel enforces.
+            caps: other ceilings than the zygote's.
         Raises:
             ZygoteFailure: no child, or one that could not be confined.
         """
         ours, theirs = socket.socketpair()
-        order = {"op": "spawn", "cpu_seconds": math.ceil(timeout_s) + 1}
+        order = {"op": "spawn", "cpu_seconds": math.ceil(timeout_s) + 1, "caps": caps}
         try:
             with theirs:
                 self._order(order, [theirs.fileno()])

@@ -3,15 +3,17 @@
 None, bool, str, finite and non-finite floats, lists, integers that fit 64 bits and dictionaries with plain string
 keys stand for themselves. Everything else is an object with one `$`-key: `{"$tuple": [...]}`, `{"$set": [...]}`,
 `{"$frozenset": [...]}`, `{"$dict": [[key, value], ...]}`, `{"$bytes": "hex"}`, `{"$int": "0x..."}`,
-`{"$complex": [re, im]}`. Task files use the same notation.
+`{"$complex": [re, im]}`, and `{"$type": "int"}` for the types of plain data themselves. Task files use the same notation.
 
-Encoding looks at the exact type, so a subclass with its own `__eq__` never passes for the value it imitates.
+Encoding looks at the exact type, so a subclass with its own `__eq__` never passes for the value it imitates. The
+standard library's Counter, defaultdict and OrderedDict are equal to the dictionary with their items and travel as one.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 
 MAX_DEPTH = 64
@@ -20,6 +22,8 @@ FLOAT_REL_TOL = 1e-9
 FLOAT_ABS_TOL = 1e-12
 
 _INT64 = 1 << 63
+_PLAIN = (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
+_TYPES: dict[str, type] = {kind.__name__: kind for kind in _PLAIN}
 
 
 class NotPlainData(ValueError):
@@ -51,12 +55,14 @@ def _encode(value: Any, depth: int, nodes: list[int]) -> Any:
     if kind is set or kind is frozenset:
         items = [_encode(item, depth - 1, nodes) for item in value]
         return {f"${kind.__name__}": sorted(items, key=_sort_key)}
-    if kind is dict:
+    if kind in (dict, Counter, defaultdict, OrderedDict):
         return _encode_dict(value, depth, nodes)
     if kind is bytes:
         return {"$bytes": value.hex()}
     if kind is complex:
         return {"$complex": [value.real, value.imag]}
+    if kind is type and value in _PLAIN:
+        return {"$type": value.__name__}
     raise NotPlainData(f"{kind.__name__} is not plain data")
 
 
@@ -109,6 +115,8 @@ def _decode_tagged(tag: str, body: Any) -> Any:
         return int(body, 16)
     if tag == "$complex":
         return complex(*body)
+    if tag == "$type":
+        return _TYPES[body]
     raise ValueError(f"unknown tag {tag}")
 
 

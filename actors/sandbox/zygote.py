@@ -4,7 +4,8 @@ Started by `launcher.Zygote` with nothing but the standard library. It learns wh
 inputs and checks go from the caller straight to the child, on a socket that is passed through, so no child can find
 another one's in the memory it was forked from.
 
-Control messages (SOCK_SEQPACKET, JSON): {"op": "spawn", "cpu_seconds": n} with one descriptor -> {"spawned": true};
+Control messages (SOCK_SEQPACKET, JSON): {"op": "spawn", "cpu_seconds": n, "caps": {...} or null for the usual ones} with
+one descriptor -> {"spawned": true};
 {"op": "end", "grace": seconds} kills and reaps all children -> {"statuses": [...]}, in spawn order: an exit status, minus
 a signal number, or null for a child that was alive and was killed.
 """
@@ -73,7 +74,8 @@ def main(control_descriptor: int, settings: dict[str, Any]) -> None:
         attempt = os.fork()
         if attempt == 0:
             os.close(reader)
-            _attempt(control, Isolation(Plan(**plan), Caps(**settings["caps"])), writer)
+            isolation = Isolation(Plan(**plan), tuple(settings["shown"]))
+            _attempt(control, isolation, Caps(**settings["caps"]), writer)
         os.close(writer)
         with os.fdopen(reader) as pipe:
             refusals.append(pipe.read())
@@ -93,11 +95,11 @@ def _lower_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, _OPEN_FILES))
 
 
-def _attempt(control: socket.socket, isolation: Isolation, refusal: int) -> None:
+def _attempt(control: socket.socket, isolation: Isolation, caps: Caps, refusal: int) -> None:
     try:
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         isolation.enter()
-        zygote = Zygote(control, isolation)
+        zygote = Zygote(control, isolation, caps)
         zygote.self_test()
     except (OSError, ImportError) as error:
         os.write(refusal, str(error).encode()[:1000])
@@ -110,9 +112,10 @@ def _attempt(control: socket.socket, isolation: Isolation, refusal: int) -> None
 class Zygote:
     """The children of one check, and their end."""
 
-    def __init__(self, control: socket.socket, isolation: Isolation) -> None:
+    def __init__(self, control: socket.socket, isolation: Isolation, caps: Caps) -> None:
         self._control = control
         self._isolation = isolation
+        self._caps = caps
         self._children: list[int] = []
         self._scratch: list[str] = []
 
@@ -124,7 +127,7 @@ class Zygote:
         """
         reader, writer = socket.socketpair()
         with reader, writer:
-            self.spawn(writer.fileno(), 10, _probe)
+            self.spawn(writer.fileno(), 10, self._caps, _probe)
             writer.close()
             answer = reader.recv(1000)
         self.end(grace=_REAP_SECONDS)
@@ -143,14 +146,17 @@ class Zygote:
                 return
             message = json.loads(data)
             if message["op"] == "spawn":
-                self.spawn(descriptors[0], message["cpu_seconds"], harness.main)
+                caps = Caps(**message["caps"]) if message["caps"] else self._caps
+                self.spawn(descriptors[0], message["cpu_seconds"], caps, harness.main)
                 os.close(descriptors[0])
                 reply: dict[str, Any] = {"spawned": True}
             else:
                 reply = {"statuses": self.end(message["grace"])}
             self._control.send(json.dumps(reply).encode())
 
-    def spawn(self, connection: int, cpu_seconds: int, body: Callable[[socket.socket], None]) -> None:
+    def spawn(
+        self, connection: int, cpu_seconds: int, caps: Caps, body: Callable[[socket.socket], None]
+    ) -> None:
         """Forks one confined child that runs `body(connection)`."""
         scratch = self._isolation.make_scratch()
         if scratch is not None:
@@ -161,7 +167,7 @@ class Zygote:
             self._children.append(child)
             return
         try:
-            descriptor = self._isolation.confine(connection, slot, cpu_seconds, scratch)
+            descriptor = self._isolation.confine(connection, slot, cpu_seconds, caps, scratch)
         except OSError as error:
             with suppress(OSError):
                 os.write(connection, str(error).encode())

@@ -54,7 +54,8 @@ class _Override(argparse.Action):
             values = "false" if (option_string or "").startswith("--no-") else "true"
         kinds = {kind.strip() for kind in self.key.type.split("|")}
         # A prompt or a path is taken as it is; `key=value` on the other hand is always YAML.
-        text = json.dumps(values, ensure_ascii=False) if kinds & {"str", "Path"} else values
+        as_it_is = self.key.num_values > 1 or bool(kinds & {"str", "Path"})
+        text = json.dumps(values, ensure_ascii=False) if as_it_is else values
         namespace.overrides.append(f"{self.key.path}={text}")
 
 
@@ -161,6 +162,8 @@ def _parser(name: str, command: Command, keys: list[ConfigKey]) -> _Parser:
         spelled = key.path.replace("_", "-")
         flag = key.type == "bool"
         shape: dict[str, Any] = {"nargs": 0} if flag else {"metavar": "VALUE"}
+        if key.num_values > 1:
+            shape["nargs"] = key.num_values
         group.add_argument(
             *((f"--{spelled}", f"--no-{spelled}") if flag else (f"--{spelled}",)),
             action=_Override,

@@ -91,6 +91,35 @@ def f(x):
     assert verdict.passed, verdict.detail
 
 
+@pytest.mark.parametrize(
+    ("program", "tests", "outcome"),
+    [
+        ("def f(x): return 3 * x", (True, True), "passed"),
+        ("def f(x): return 3 * x if x < 3 else 0", (True, False), "wrong_answer"),
+        ("def f(x): return 3 * x if x > 2 else [][x]", (False, True), "runtime_error"),
+        ("def f(x):\n    if x < 3: return 3 * x\n    exit(0)", (True, False), "runtime_error"),
+        ("def f(x):\n    if x < 3: import os; os._exit(0)\n    return 3 * x", (), "runtime_error"),
+    ],
+)
+def test_parts_of_a_script_are_tests_of_their_own(
+    sandbox: Sandbox, program: str, tests: tuple[bool, ...], outcome: str
+) -> None:
+    code = "def small(c):\n    assert c(2) == 6\n\n\ndef large(c):\n    assert c(9) == 27\n"
+    verdict = sandbox.run(program, Check("script", "f", test_code=code, parts=("small", "large")), 2.0)
+    assert (verdict.tests, verdict.outcome) == (tests, outcome), verdict
+    assert verdict.score == sum(tests) / 2
+
+
+def test_values_of_a_trusted_program_come_out_or_say_why_not(sandbox: Sandbox) -> None:
+    assert sandbox.values("def f(x): return [x, 'a']", "f", [(1,), (None,)], 2.0) == [[1, "a"], [None, "a"]]
+    assert (
+        sandbox.values("def f(x): return 1 / x", "f", [(1,), (0,)], 2.0)
+        == "runtime_error: ZeroDivisionError: division by zero"
+    )
+    assert "no answer within" in str(sandbox.values("def f(x):\n    while True: pass", "f", [(1,)], 0.3))
+    assert "syntax_error" in str(sandbox.values("def f(", "f", [(1,)], 2.0))
+
+
 @pytest.mark.parametrize("code", ["def check(candidate:\n", "1 / 0", "def verify(candidate): pass"])
 def test_a_broken_check_is_nobodys_pass(sandbox: Sandbox, code: str) -> None:
     verdict = sandbox.run("def f(x): return x", Check("script", "f", test_code=code), 2.0)

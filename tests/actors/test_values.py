@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter, OrderedDict, defaultdict
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,36 @@ def test_a_value_survives_the_wire_with_its_types(value: object) -> None:
     assert back == value
     assert type(back) is type(value)
     assert values.same(values.encode(value), tree)
+
+
+def test_dictionaries_of_the_standard_library_travel_as_plain_ones() -> None:
+    for value in (Counter("abca"), defaultdict(int, {"a": 2, "b": 1, "c": 1}), OrderedDict(a=2, b=1, c=1)):
+        back = values.decode(json.loads(json.dumps(values.encode(value))))
+        assert (type(back), back) == (dict, {"a": 2, "b": 1, "c": 1})
+
+    class Liar(Counter[str]):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = None  # type: ignore[assignment]
+
+    with pytest.raises(values.NotPlainData, match="Liar"):
+        values.encode(Liar())
+
+
+def test_types_of_plain_data_travel_by_name_and_no_others_do() -> None:
+    for kind in (int, str, float, bool, list, tuple, dict, set):
+        assert values.decode(json.loads(json.dumps(values.encode(kind)))) is kind
+
+    class Fake:
+        pass
+
+    Fake.__name__ = "int"
+    for other in (Fake, type, object, Exception):
+        with pytest.raises(values.NotPlainData):
+            values.encode(other)
+    with pytest.raises(ValueError, match="malformed"):
+        values.decode({"$type": "os"})
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,14 @@ def test_the_program_is_prompt_plus_completion() -> None:
     assert outcomes == ["passed", "syntax_error"]
 
 
+def test_header_and_suffix_stand_around_the_answer() -> None:
+    check = Check("call", "f", inputs=((1,),), expected=(4,))
+    task = Task("t", "Say what y is.", check, header="def f(x):\n", suffix="    return y\n")
+    with LocalVerifier() as verifier:
+        (verdict,) = verifier.verify([(task, "    y = x + 3\n")])
+    assert verdict.passed, verdict
+
+
 @pytest.mark.ray
 class TestPool:
     @pytest.fixture(scope="class")
@@ -56,6 +64,10 @@ class TestPool:
         with pytest.raises(ValueError, match="call check"):
             pool.verify([(Task("empty", "def f():\n", Check("call", "f")), "    pass\n")])
         assert pool.verify([doubling(0)])[0].passed
+
+    def test_every_worker_says_which_languages_it_lacks(self, pool: VerifierPool) -> None:
+        missing = pool.missing(["python", "cobol"])
+        assert missing == {"cobol": "cobol: this sandbox has no way to run it"}
 
     def test_workers_are_processes_of_their_own(self, pool: VerifierPool) -> None:
         assert len({*pool.pids(), os.getpid()}) == 3

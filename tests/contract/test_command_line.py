@@ -86,6 +86,12 @@ def test_options_win_over_overrides_and_those_over_the_file(
     assert yaml.safe_load(capsys.readouterr().out)["prompt"] == "from file"
 
 
+def test_a_key_of_two_values_takes_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--compare", "models:/a@b", "runs/x: y", "out=runs/z", "--dry-run"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["compare"], shown["out"]) == (["models:/a@b", "runs/x: y"], "runs/z")
+
+
 def test_a_switch_takes_no_value_and_has_an_opposite(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["pretrain", "--no-resume", "steps=3", "--no-complementary", "--complementary", "--dry-run"])
@@ -107,6 +113,9 @@ def test_a_switch_takes_no_value_and_has_an_opposite(capsys: pytest.CaptureFixtu
         (["generate", "--max-tokens"], ["--max-tokens", "expected one argument"]),
         (["generate", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
         (["generate", "a.yaml", "b.yaml"], ["a.yaml and b.yaml", "one configuration file"]),
+        (["evaluate", "--compare", "one"], ["--compare", "expected 2 arguments"]),
+        (["evaluate", "benchmarks=humanevl"], ["benchmarks.0.name", "humaneval"]),
+        (["evaluate", "num_samples=3"], ["temperature 0 has one answer a task"]),
         (["generat"], ["'generat'", "did you mean generate?"]),
         (["generate", "--model", "nowhere", "--prompt", "x"], ["nowhere", "check the path"]),
     ],

@@ -1,24 +1,34 @@
-"""HumanEval through the sandbox: every canonical solution passes, every gutted one fails."""
+"""HumanEval, the whole file: every canonical solution passes, every broken one fails, each for its own reason."""
+
+from __future__ import annotations
 
 import pytest
 
 from fewstep.actors.verifier import LocalVerifier
+from fewstep.pipelines.evaluation_settings import BenchmarkChoice
+from fewstep.pipelines.self_test import refuse_misjudged, self_test
+from fewstep.pipelines.tasks.benchmarks import load_benchmark
 from fewstep.pipelines.tasks.humaneval import NUM_TASKS, load_humaneval, with_body
 from fewstep.platform.errors import ResourceError
 
 
-def test_all_canonical_solutions_pass() -> None:
-    tasks = load_humaneval()
-    assert len(tasks) == NUM_TASKS == len({task.task_id for task in tasks})
+@pytest.mark.parametrize("chat", [False, True])
+def test_all_canonical_solutions_pass_and_all_broken_ones_fail(chat: bool) -> None:
+    benchmark = load_benchmark(BenchmarkChoice(name="humaneval", chat=chat))
+    assert len(benchmark.tasks) == NUM_TASKS == len({task.task_id for task in benchmark.tasks})
+    assert benchmark.excluded == ()
     with LocalVerifier() as verifier:
-        verdicts = verifier.verify([(task, task.canonical_solution) for task in tasks])
-    failed = {
-        task.task_id: verdict for task, verdict in zip(tasks, verdicts, strict=True) if not verdict.passed
+        report = self_test(benchmark, verifier)
+    refuse_misjudged(benchmark, report)
+    assert report["solutions"]["python"]["outcomes"] == {"passed": NUM_TASKS}
+    assert {name: found["outcomes"] for name, found in report["broken"].items()} == {
+        "python: unreadable": {"syntax_error": NUM_TASKS},
+        "python: wrong value": {"wrong_answer": NUM_TASKS},
+        "python: leaves early": {"runtime_error": NUM_TASKS},
     }
-    assert not failed
 
 
-@pytest.mark.parametrize("statement", ["pass", "return None", "return 0", "raise SystemExit(0)"])
+@pytest.mark.parametrize("statement", ["pass", "return None", "return 0"])
 def test_no_gutted_solution_passes(statement: str) -> None:
     tasks = [with_body(task, statement) for task in load_humaneval()]
     with LocalVerifier() as verifier:

@@ -23,6 +23,14 @@ CALL = Task(
 )
 
 
+OTHERS = [
+    Task("perl", "sub f {\n", Check("source", "f", test_code="die unless f(1) == 1;", language="perl")),
+    Task("module", "Write f.", Check("source", "f", test_code="from answer import f\n", module="answer"), header=""),
+    Task("prints", "Read a number.", Check("stdin", "main", inputs=(("1\n",),), expected=("2\n",)), header="import sys\n"),
+    Task("hole", "def f(x):\n", Check("script", "f", test_code="def a(c): c(1)\ndef b(c): c(2)", parts=("a", "b")), suffix="    return y\n"),
+]  # fmt: skip
+
+
 def good(**changes: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
         "task_id": "double",
@@ -33,7 +41,7 @@ def good(**changes: Any) -> dict[str, Any]:
 
 
 def test_tasks_survive_the_round_trip(tmp_path: Path) -> None:
-    tasks = [CALL, *load_humaneval()[:20]]
+    tasks = [CALL, *OTHERS, *load_humaneval()[:20]]
     write_tasks(tmp_path / "tasks.jsonl", tasks)
     assert read_tasks(tmp_path / "tasks.jsonl") == tasks
 
@@ -57,6 +65,42 @@ def check(**changes: Any) -> dict[str, Any]:
         ("[1]", "dictionary"),
         ("[" * 100_000, "recursion"),
         (json.dumps(good(promt="x")), r"unknown key promt \(did you mean prompt\?\)"),
+        (
+            json.dumps(
+                good(check={"kind": "source", "entry_point": "f", "test_code": "x", "language": "pearl"})
+            ),
+            r"unknown language pearl \(did you mean perl\?\)",
+        ),
+        (json.dumps(good(check={"kind": "source", "entry_point": "f"})), "kind=source needs test_code"),
+        (
+            json.dumps(
+                good(
+                    check={
+                        "kind": "source",
+                        "entry_point": "f",
+                        "test_code": "x",
+                        "language": "perl",
+                        "module": "m",
+                    }
+                )
+            ),
+            "module belongs to language=python",
+        ),
+        (json.dumps(check(language="perl")), "language and module belong to kind=source"),
+        (json.dumps(check(kind="stdin")), "an input of kind=stdin is a list of one text"),
+        (
+            json.dumps(
+                good(
+                    check={
+                        "kind": "script",
+                        "entry_point": "f",
+                        "test_code": "def check(c): pass",
+                        "parts": ["more"],
+                    }
+                )
+            ),
+            r"does not define more\(candidate\)",
+        ),
         (json.dumps(check(expectd=[1])), r"unknown key check.expectd \(did you mean expected\?\)"),
         (json.dumps(good(task_id="")), "task_id"),
         (json.dumps(good(timeout_s=0)), "timeout_s"),

@@ -1,0 +1,282 @@
+"""The loop of an evaluation: every task of a benchmark answered and judged under every policy, saved part by part.
+
+A result is a function of (weights, task, policy, seed, sample). A part is a run of tasks under one policy, written whole
+or not at all; an interrupted evaluation reads what is there and goes on behind it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from fewstep.actors.engine.request import Request
+from fewstep.actors.engine.text import decode
+from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.serving.schema import Message
+from fewstep.actors.verifier import Verifier
+from fewstep.kernels.model.config import ModelConfig
+from fewstep.pipelines.evaluation_settings import EvaluateConfig
+from fewstep.pipelines.frontier import SEQUENTIAL, Generate
+from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion
+from fewstep.platform.errors import FewstepError, RequestError
+from fewstep.platform.records import DecodePolicy, Outcome, Rollout, Task
+from fewstep.platform.rng import derive_seed
+from fewstep.platform.trajectories import read_metadata, read_rollouts, write_rollouts
+
+MAX_SANDBOX_ERRORS = 0.05
+"""Share of verdicts that may be the platform's own failure before a measurement is worth nothing."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test.
+
+    Attributes:
+        address: as the user gave it; `pinned` is what it stood for when the evaluation started.
+        weights_sha256: digest of the weights.
+        slot: its folder below the run's, `model` or, where two are compared, `first` and `second`.
+    """
+
+    address: str
+    pinned: str
+    folder: Path
+    weights_sha256: str
+    slot: str
+    model: ModelConfig
+    tokenizer: Tokenizer
+    chat: ChatTemplate
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a report says of it."""
+        return {"address": self.address, "pinned": self.pinned, "weights_sha256": self.weights_sha256}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task in one model's tokens."""
+
+    task: Task
+    prompt_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    max_tokens: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One judged answer: a row of answers.parquet.
+
+    Attributes:
+        text: what the model wrote; `answer` is what was read of it and judged.
+        tests: per-test flags of the verdict.
+    """
+
+    slot: str
+    benchmark: str
+    task_id: str
+    language: str
+    policy: str
+    seed: int
+    sample: int
+    outcome: Outcome
+    passed: bool
+    score: float
+    tests: tuple[bool, ...]
+    num_tokens: int
+    forwards: int
+    finish_reason: str
+    verdict_seconds: float
+    isolation: str
+    detail: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything one policy did on one benchmark, in the order of the tasks; `seconds` of generation, all replicas in use."""
+
+    policy: DecodePolicy
+    answers: list[Answer]
+    seconds: float
+
+
+def prepare(
+    subject: Subject, benchmark: Benchmark, config: EvaluateConfig
+) -> tuple[list[Prepared], list[Exclusion]]:
+    """The tasks in the model's tokens, and those that its context is too short for."""
+    ready, excluded = [], []
+    for task in benchmark.tasks:
+        prepared = _prepared(subject, benchmark, task, config)
+        try:
+            _request(prepared, SEQUENTIAL, "0").validate(subject.model)
+        except RequestError as error:
+            excluded.append(Exclusion(task.task_id, f"{error.field}: {error.got}; allowed: {error.allowed}"))
+        else:
+            ready.append(prepared)
+    return ready, excluded
+
+
+def _prepared(subject: Subject, benchmark: Benchmark, task: Task, config: EvaluateConfig) -> Prepared:
+    prompt, tokenizer = task.prompt, subject.tokenizer
+    if benchmark.chat:
+        prompt = subject.chat.render([Message(role="user", content=prompt)])
+    special = not (benchmark.chat and subject.chat.templated)
+    prompt_ids = tuple(tokenizer.encode(prompt, add_special_tokens=special).ids)
+    stop = benchmark.answers.stop(task)
+    if not benchmark.infill:
+        return Prepared(task, prompt_ids, (), config.max_tokens, stop)
+    hole = config.infill_tokens or len(
+        tokenizer.encode(task.canonical_solution, add_special_tokens=False).ids
+    )
+    suffix_ids = tuple(tokenizer.encode(task.suffix, add_special_tokens=False).ids)
+    if subject.model.attention_kind == "block_causal":
+        # All that such a model sees of a suffix: what shares the last mask's block.
+        suffix_ids = suffix_ids[: -(len(prompt_ids) + max(1, hole)) % subject.model.block_size]
+    return Prepared(task, prompt_ids, suffix_ids, max(1, hole), stop)
+
+
+def policies(config: EvaluateConfig) -> list[DecodePolicy]:
+    """One token per step first, then the sweep, all at the run's temperature."""
+    sampling = {"temperature": config.temperature, "top_p": config.top_p}
+    return list(
+        dict.fromkeys(policy.model_copy(update=sampling) for policy in (SEQUENTIAL, *config.sweep.policies()))
+    )
+
+
+def measure_policy(
+    subject: Subject,
+    benchmark: Benchmark,
+    prepared: Sequence[Prepared],
+    policy: DecodePolicy,
+    config: EvaluateConfig,
+    generate: Generate,
+    verifier: Verifier,
+) -> Measured:
+    """All answers of one policy: from the parts that are saved, else generated, judged and saved.
+
+    Prints how far it is.
+
+    Raises:
+        FewstepError: the verifier itself failed on more than `MAX_SANDBOX_ERRORS` of the answers.
+    """
+    folder = config.out / "trajectories" / subject.slot / benchmark.name / policy.label()
+    answers: list[Answer] = []
+    seconds, done, rest = 0.0, 0, iter(prepared)
+    while part := list(islice(rest, config.tasks_per_part)):
+        path = folder / f"{done:06d}.parquet"
+        if not path.is_file():
+            _answer_part(path, benchmark, part, policy, config, subject, generate, verifier)
+        rollouts, spent = read_rollouts(path), float(read_metadata(path)["seconds"])
+        answers += [_row(subject, benchmark, policy, config, *pair) for pair in _pairs(part, rollouts)]
+        seconds, done = seconds + spent, done + len(part)
+        passed = sum(answer.passed for answer in answers) / len(answers)
+        print(
+            f"  {policy.label():<16} {done:>5}/{len(prepared)} tasks  {passed:.3f} passed  {seconds:.1f} s",
+            flush=True,
+        )
+    _refuse_broken(benchmark, answers)
+    return Measured(policy, answers, seconds)
+
+
+def _answer_part(
+    path: Path,
+    benchmark: Benchmark,
+    part: Sequence[Prepared],
+    policy: DecodePolicy,
+    config: EvaluateConfig,
+    subject: Subject,
+    generate: Generate,
+    verifier: Verifier,
+) -> None:
+    """Generates, reads, judges and saves."""
+    jobs = [
+        (item, seed, sample) for item in part for seed in config.seeds for sample in range(config.num_samples)
+    ]
+    requests = []
+    for number, (item, seed, sample) in enumerate(jobs):
+        keyed = derive_seed("evaluate", benchmark.name, item.task.task_id, seed, sample)
+        requests.append(_request(item, policy.model_copy(update={"seed": keyed}), str(number)))
+    start = time.perf_counter()
+    trajectories = generate(requests)
+    seconds = time.perf_counter() - start
+    texts = [decode(subject.tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
+    answers = [
+        (item.task, benchmark.answers.read(item.task, text))
+        for (item, _, _), text in zip(jobs, texts, strict=True)
+    ]
+    verdicts = verifier.verify(answers)
+    rollouts = [
+        Rollout(item.task.task_id, seed, sample, text, trajectory, verdict, reward=verdict.score)
+        for (item, seed, sample), text, trajectory, verdict in zip(
+            jobs, texts, trajectories, verdicts, strict=True
+        )
+    ]
+    facts = {"model": subject.identity, "benchmark": benchmark.name, "digest": benchmark.digest}
+    write_rollouts(path, rollouts, {**facts, "policy": policy.model_dump(mode="json"), "seconds": seconds})
+
+
+def _request(item: Prepared, policy: DecodePolicy, request_id: str) -> Request:
+    return Request(
+        request_id, item.prompt_ids, policy, item.max_tokens, item.stop, suffix_ids=item.suffix_ids
+    )
+
+
+def _pairs(part: Sequence[Prepared], rollouts: Sequence[Rollout]) -> list[tuple[Task, Rollout]]:
+    tasks = {item.task.task_id: item.task for item in part}
+    return [(tasks[rollout.task_id], rollout) for rollout in rollouts]
+
+
+def _row(
+    subject: Subject,
+    benchmark: Benchmark,
+    policy: DecodePolicy,
+    config: EvaluateConfig,
+    task: Task,
+    rollout: Rollout,
+) -> Answer:
+    trajectory, verdict = rollout.trajectory, rollout.verdict
+    return Answer(
+        slot=subject.slot,
+        benchmark=benchmark.name,
+        task_id=task.task_id,
+        language=task.check.language,
+        policy=policy.label(),
+        seed=rollout.group_id,
+        sample=rollout.sample,
+        outcome=verdict.outcome,
+        passed=verdict.passed,
+        score=verdict.score,
+        tests=verdict.tests,
+        num_tokens=trajectory.num_tokens,
+        forwards=trajectory.forwards,
+        finish_reason=trajectory.finish_reason,
+        verdict_seconds=verdict.seconds,
+        isolation=verdict.isolation,
+        detail=verdict.detail,
+        text=rollout.text,
+        answer=benchmark.answers.read(task, rollout.text),
+    )
+
+
+def _refuse_broken(benchmark: Benchmark, answers: Sequence[Answer]) -> None:
+    broken = [answer for answer in answers if answer.outcome == "sandbox_error"]
+    if len(broken) > MAX_SANDBOX_ERRORS * len(answers):
+        most = Counter(answer.detail for answer in broken).most_common(1)[0][0]
+        raise FewstepError(
+            f"{benchmark.name}: the verifier itself failed on {len(broken)} of {len(answers)} answers: {most}"
+        )
+
+
+def without(benchmark: Benchmark, excluded: Sequence[Exclusion]) -> Benchmark:
+    """The benchmark with further tasks left out, each for its reason."""
+    names = {exclusion.task_id for exclusion in excluded}
+    tasks = tuple(task for task in benchmark.tasks if task.task_id not in names)
+    return replace(benchmark, tasks=tasks, excluded=(*benchmark.excluded, *excluded))

@@ -1,0 +1,166 @@
+"""Configuration of `fewstep evaluate`; free of torch and Ray, so that the command line reads it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from fewstep.pipelines.settings import Sweep
+from fewstep.platform.config import Config
+
+BenchmarkName = Literal[
+    "family", "tasks", "repair", "humaneval", "humaneval_plus", "humaneval_infilling", "mbpp", "mbpp_plus", "mbxp",
+    "livecodebench", "bigcodebench", "canitedit", "exercism", "codeio",
+]  # fmt: skip
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "humaneval_infilling": ("single_line", "multi_line", "random_span"),
+    "mbpp": ("all", "test"),
+    "canitedit": ("descriptive", "lazy"),
+    "codeio": ("output", "input"),
+}
+"""What `variant` may be; the first is the default."""
+_CHAT = ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus", "livecodebench", "bigcodebench", "canitedit", "exercism", "codeio")  # fmt: skip
+
+
+class BenchmarkChoice(Config):
+    """One benchmark; `name` or `name:path` where nothing else is set."""
+
+    name: BenchmarkName
+    """`family` and `repair` are made here, `tasks` is a file of your own, the others are read from their published files."""
+    path: Path | None = None
+    """The published file, or a folder with it; humaneval and codeio are found in their packages without one."""
+    variant: str = ""
+    """humaneval_infilling: single_line, multi_line, random_span. mbpp: all, test. canitedit: descriptive, lazy.
+    codeio: output, input. Empty = the first."""
+    chat: bool = False
+    """Ask in a message through the model's chat template, and read code blocks; false = continue text."""
+    languages: tuple[str, ...] = ()
+    """mbxp: which languages; empty = every file that is there."""
+    first_date: str = Field(default="", pattern=r"^(\d{4}-\d\d-\d\d)?$")
+    """livecodebench: contests of this day (YYYY-MM-DD) and later."""
+    last_date: str = Field(default="", pattern=r"^(\d{4}-\d\d-\d\d)?$")
+    """livecodebench: contests of this day and earlier."""
+    num_tasks: int | None = Field(default=None, ge=1)
+    """The first so many tasks (a file, with mbxp); null = all. family and repair: how many are drawn, 500 unless said."""
+    seed: int = Field(default=0, ge=0)
+    """Which tasks family and repair draw, which inputs codeio."""
+    corrupted_share: float = Field(default=0.05, gt=0.0, le=1.0)
+    """repair: share of an answer's tokens that are replaced, at least one."""
+
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> BenchmarkChoice:
+        allowed = VARIANTS.get(self.name, ())
+        if self.variant and self.variant not in allowed:
+            raise ValueError(f"variant of {self.name} is {' or '.join(allowed) or 'not to be set'}")
+        acts = {
+            "chat": self.name in _CHAT,
+            "languages": self.name == "mbxp",
+            "first_date": self.name == "livecodebench",
+            "last_date": self.name == "livecodebench",
+            "path": self.name not in ("family", "repair"),
+            "seed": self.name in ("family", "repair", "codeio"),
+            "corrupted_share": self.name == "repair",
+        }
+        for key, does in acts.items():
+            if not does and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} does nothing with {self.name}")
+        return self
+
+    @property
+    def chosen_variant(self) -> str:
+        """The variant, the default one filled in."""
+        return self.variant or VARIANTS.get(self.name, ("",))[0]
+
+
+def _spelled_out(value: Any) -> Any:
+    """`humaneval`, `[humaneval, mbpp:FILE]` and lists of mappings are all lists of mappings."""
+    items = [value] if isinstance(value, str | dict) else value
+    if not isinstance(items, list | tuple):
+        return value
+    return [_one_spelled_out(item) for item in items]
+
+
+def _one_spelled_out(item: Any) -> Any:
+    if not isinstance(item, str):
+        return item
+    name, colon, path = item.partition(":")
+    return {"name": name, "path": path} if colon else {"name": name}
+
+
+class EvaluateConfig(Config):
+    """Speed and quality of a model, or of two, on benchmarks; or the verifier's own test on their solutions."""
+
+    model: str = ""
+    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
+    compare: tuple[str, str] | None = None
+    """Two models instead of one: the same tasks, tested in pairs."""
+    tracking_uri: str = ""
+    """MLflow store of the run, and of models:/ addresses; empty = MLFLOW_TRACKING_URI, else the demo's."""
+    experiment: str = "fewstep"
+    """MLflow experiment; made when missing."""
+    out: Path = Path("runs/evaluate")
+    """Folder for the report, the figure, the answers and the trajectories."""
+    benchmarks: Annotated[tuple[BenchmarkChoice, ...], BeforeValidator(_spelled_out)] = (
+        BenchmarkChoice(name="family"),
+    )
+    """What is measured: names, `name:path`, or mappings with the keys of a benchmark."""
+    self_test: bool = False
+    """Instead of measuring a model, judge the benchmarks' own solutions, right and broken."""
+    num_samples: int = Field(default=1, ge=1)
+    """Answers a task, a policy and a seed (n)."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    """Every seed is a run of its own; their spread is reported."""
+    k: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    """pass@k that are reported; at most num_samples x seeds."""
+    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+    """0 = greedy, which has one answer a task."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the probability that is sampled from."""
+    max_tokens: int = Field(default=80, ge=1)
+    """Tokens of an answer at most; the longest right answer of the embedded family has 63."""
+    infill_tokens: int | None = Field(default=None, ge=1)
+    """Infilling: masks between prefix and suffix; null = as many as the canonical answer has, which tells its length."""
+    sweep: Sweep = Sweep()
+    edit_thresholds: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = (0.3, 0.5, 0.7, 0.9)
+    """repair: a token is replaced by another one of more than this confidence."""
+    tasks_per_part: int = Field(default=64, ge=1)
+    """Tasks whose answers are saved at once; what an interruption costs at most."""
+    resume: bool = True
+    """Go on with what is saved in `out`; the configuration and the weights must be the same."""
+    num_replicas: int = Field(default=2, ge=1)
+    """Engines that answer."""
+    replica_cpus: float = Field(default=0.4, gt=0.0)
+    """Logical CPUs each of them reserves; two and their verifiers fit on a single core."""
+    max_sequences: int = Field(default=48, ge=1)
+    """Requests that share a forward in one replica."""
+    num_verifiers: int = Field(default=2, ge=1)
+    """Sandboxes that judge."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> EvaluateConfig:
+        answers = self.num_samples * len(self.seeds)
+        if not self.benchmarks:
+            raise ValueError("benchmarks must name at least one")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must differ")
+        if self.temperature == 0.0 and answers > 1:
+            raise ValueError(
+                "temperature 0 has one answer a task; raise temperature, or ask for one sample and one seed"
+            )
+        if max(self.k, default=0) > answers:
+            raise ValueError(f"k must be at most num_samples x seeds, {answers}")
+        if self.compare is not None and self.model:
+            raise ValueError("model and compare exclude each other")
+        names = [
+            (choice.name, choice.chosen_variant, choice.chat, choice.languages) for choice in self.benchmarks
+        ]
+        if len(set(names)) != len(names):
+            raise ValueError("a benchmark is named twice")
+        return self
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The addresses, in order: one, or the two that are compared."""
+        return (self.model,) if self.compare is None else self.compare
