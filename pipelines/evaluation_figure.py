@@ -63,6 +63,9 @@ def _colours(count: int) -> tuple[str, ...]:
 def _draw_models(
     axes: Any, models: Mapping[str, FrontierSummary], cost: Callable[[PolicySummary], float], *, labels: bool
 ) -> None:
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground="white")]
     for (name, frontier), colour in zip(models.items(), _colours(len(models)), strict=True):
         kept = sorted((one for one in frontier.policies if not one.dominated), key=cost)
         axes.plot(
@@ -77,7 +80,8 @@ def _draw_models(
             if labels and not one.dominated:
                 axes.annotate(
                     policy_label(one.point.policy), xy=(cost(one), one.point.pass_at_1), xytext=(0, 7),
-                    textcoords="offset points", ha="center", fontsize=7, color=colour,
+                    textcoords="offset points", ha="center", fontsize=7.5, color=colour, path_effects=halo,
+                    zorder=5,
                 )  # fmt: skip
     bar = next(iter(models.values())).bar
     axes.axhline(

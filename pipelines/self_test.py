@@ -99,7 +99,7 @@ def self_test(benchmark: Benchmark, verifier: Verifier) -> dict[str, Any]:
         # A change of a wrong answer may be right.
         some = [task for task in tasks if task.task_id not in unsound]
         some = some if language == "python" else some[:_MUTATED_TASKS]
-        for name, broken in _breakages(benchmark, language).items():
+        for name, broken in _breakages(benchmark, language, some).items():
             found = _judge(
                 verifier, f"{language}, {name}", some, [broken(task) for task in some], should_pass=False
             )
@@ -121,7 +121,9 @@ def refuse_misjudged(benchmark: Benchmark, report: dict[str, Any]) -> None:
         raise FewstepError(f"the verifier misjudged {len(wrong)} programs: {', '.join(wrong[:5])}")
 
 
-def _breakages(benchmark: Benchmark, language: str) -> dict[str, Callable[[Task], str]]:
+def _breakages(
+    benchmark: Benchmark, language: str, tasks: Sequence[Task]
+) -> dict[str, Callable[[Task], str]]:
     """Names and makers of answers that are wrong whatever the task is."""
 
     def solution(task: Task) -> str:
@@ -134,7 +136,7 @@ def _breakages(benchmark: Benchmark, language: str) -> dict[str, Callable[[Task]
         return found
     # No string, comment or indentation makes a NUL readable to Python's compiler.
     found = {"unreadable": lambda task: "\0"}
-    if not benchmark.infill and all(task.check.kind == "script" for task in benchmark.tasks):
+    if not benchmark.infill and all(task.check.kind in ("call", "script") for task in tasks):
         found["wrong value"] = lambda task: (
             f"{solution(task)}{_WRONG_VALUE}{task.check.entry_point} = _changed({task.check.entry_point})\n"
         )
