@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,11 +22,11 @@ from fewstep.actors.engine.request import Request
 from fewstep.kernels.model.checkpoint import MODEL_FILES, load_model, save_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.pipelines.publish import publish_model
+from fewstep.pipelines.publish import log_checkpoint, publish_model
 from fewstep.platform.artifacts import file_digest
 from fewstep.platform.errors import CheckpointError, ConfigError, ResourceError
-from fewstep.platform.mlflow_registry import mlflow_model_folder
-from fewstep.platform.mlflow_store import how_to_open, open_client, run_page, sqlite_uri
+from fewstep.platform.mlflow_registry import find_model, mlflow_model_folder, model_facts
+from fewstep.platform.mlflow_store import open_client, run_page, server_command, sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import DecodePolicy, WeightVersion
 from fewstep.platform.tracking import MemoryTracker, TrackedModel
@@ -98,6 +99,7 @@ def engine_answers(folder: Path, policy: DecodePolicy, max_tokens: int) -> list[
 
 
 def ask_in_a_fresh_process(model_uri: str, tracking_uri: str, folder: Path) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", ASKS, model_uri, json.dumps(PROMPTS)],
         cwd=folder, capture_output=True, text=True, check=False,
@@ -195,6 +197,54 @@ def test_an_unknown_data_set_is_a_mistake(uri: str, folder: Path) -> None:
         publish(tracker, folder, name="no-data")
 
 
+def test_a_checkpoint_is_pointed_to_and_answers_as_long_as_its_weights_are_there(
+    uri: str, tmp_path: Path
+) -> None:
+    own = write_model(tmp_path / "step_20", seed=3)
+    with open_run(uri) as tracker:
+        log_checkpoint(
+            tracker, own, name="steps", metrics={"checkpoint/pass_rate": 0.5}, input_example=PROMPTS[0], policy=POLICY,
+            step=20,
+        )  # fmt: skip
+    client = open_client(uri, create=False)
+    (logged,) = (m for m in client.search_logged_models([tracker.experiment_id]) if m.name == "steps")
+    assert str(logged.status) == "READY"
+    assert [(m.key, m.value, m.step) for m in logged.metrics] == [("checkpoint/pass_rate", 0.5, 20)]
+    packed = Path(logged.artifact_location.removeprefix("file://"))
+    assert list(packed.rglob("*.safetensors")) == [], "the weights were copied"
+    address = f"models:/{logged.model_id}"
+    assert mlflow_model_folder(address, uri) == own
+    answers = ask_in_a_fresh_process(address, uri, tmp_path / "elsewhere")
+    assert answers["list"] == engine_answers(own, POLICY, 64)
+    write_model(own, seed=4)
+    with pytest.raises(CheckpointError, match="other weights"):
+        mlflow_model_folder(address, uri)
+    shutil.rmtree(own)
+    with pytest.raises(CheckpointError, match="no weights"):
+        mlflow_model_folder(address, uri)
+
+
+def test_an_alias_that_moves_does_not_move_what_was_found(uri: str, folder: Path, tmp_path: Path) -> None:
+    with open_run(uri) as tracker:
+        publish(tracker, folder, name="pinned")
+        found = find_model("models:/pinned@champion", uri)
+        publish(tracker, write_model(tmp_path / "second", seed=2), name="pinned")
+    assert found.address == "models:/pinned/1"
+    assert digests(found.folder) == digests(folder)
+    assert find_model(found.address, uri) == found
+    assert find_model("models:/pinned@champion", uri).address == "models:/pinned/2"
+
+
+def test_facts_travel_with_the_model(uri: str, folder: Path) -> None:
+    facts = {"frontier": [{"label": "static_1", "pass_at_1": 0.5}]}
+    with open_run(uri) as tracker:
+        publish_model(
+            tracker, folder, name="facts", alias="candidate", metrics={}, input_example="a", policy=POLICY, step=3,
+            facts=facts,
+        )  # fmt: skip
+    assert model_facts("models:/facts@candidate", uri) == {"step": 3, "dataset": "", **facts}
+
+
 def mlflow_names(uri: str) -> set[str]:
     return {found.name for found in open_client(uri, create=False).search_registered_models()}
 
@@ -234,14 +284,8 @@ def server(tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = how_to_open(sqlite_uri(tmp_path), port).split()
-    assert command.pop(0) == "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
-    command[0] = str(Path(sys.executable).with_name("mlflow"))
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
+    command, extra = server_command(sqlite_uri(tmp_path), port)
+    environment = {**os.environ, **extra}
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--artifacts-destination", str(tmp_path / "artifacts")],
