@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-
-# Where `make demo` keeps its store: a newcomer's models:/ names are looked up there.
-DEMO_TRACKING_URI = "sqlite:///runs/demo/mlflow.db"
 
 
 def model_folder(model: str, tracking_uri: str) -> Path:
@@ -15,7 +11,7 @@ def model_folder(model: str, tracking_uri: str) -> Path:
     Args:
         model: a model folder, `models:/NAME@ALIAS`, or empty for the embedded model.
         tracking_uri: the MLflow store a `models:/` address is looked up in; empty = MLflow's own variable
-            MLFLOW_TRACKING_URI, and without that the store of `make demo`.
+            MLFLOW_TRACKING_URI, and without that the project's store, runs/mlflow.db.
     Raises:
         UserError: the address does not resolve. A folder is not looked into; loading it does that.
     """
@@ -26,7 +22,7 @@ def model_folder(model: str, tracking_uri: str) -> Path:
         return embedded_model()
     if model.startswith("models:/"):
         from fewstep.platform.mlflow_registry import mlflow_model_folder
+        from fewstep.platform.mlflow_store import project_uri
 
-        store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "") or DEMO_TRACKING_URI
-        return mlflow_model_folder(model, store)
+        return mlflow_model_folder(model, project_uri(tracking_uri))
     return Path(model)

@@ -48,15 +48,7 @@ def find_model(model_uri: str, tracking_uri: str) -> FoundModel:
         CheckpointError: the store knows the model, but its files are gone, or no longer what they were.
         ResourceError: the store does not answer.
     """
-    parts = _URI.fullmatch(model_uri)
-    if parts is None:
-        raise ConfigError(
-            "model", model_uri, "models:/NAME@ALIAS, models:/NAME/VERSION or models:/m-ID",
-            "write it like models:/fewstep-tiny@champion",
-        )  # fmt: skip
-    client = open_client(tracking_uri, create=False)
-    with reporting(tracking_uri):
-        address, location = _location(client, tracking_uri, parts, model_uri)
+    address, location = _look_up(model_uri, tracking_uri)
     packed = _local_copy(location, tracking_uri)
     return FoundModel(address, _weights_folder(model_uri, packed), packed)
 
@@ -66,15 +58,66 @@ def mlflow_model_folder(model_uri: str, tracking_uri: str) -> Path:
     return find_model(model_uri, tracking_uri).folder
 
 
-def model_facts(model_uri: str, tracking_uri: str) -> dict[str, Any]:
-    """What was measured of a model when it was registered: `step`, `dataset` and the facts of its `TrackedModel`.
+def model_facts(model_uri: str, tracking_uri: str) -> tuple[str, dict[str, Any]]:
+    """The address that does not move, and what was measured of the model when it was registered: `step`, `dataset` and
+    the facts of its `TrackedModel`. Nothing but its MLmodel file is fetched.
 
     Raises:
         UserError: as `find_model` does.
     """
-    packed = find_model(model_uri, tracking_uri).packed
-    facts: dict[str, Any] = import_mlflow("mlflow.models").Model.load(str(packed)).metadata or {}
-    return facts
+    artifacts, models = import_mlflow("mlflow.artifacts"), import_mlflow("mlflow.models")
+    address, location = _look_up(model_uri, tracking_uri)
+    with reporting(tracking_uri), tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = artifacts.download_artifacts(
+                artifact_uri=f"{location.rstrip('/')}/MLmodel", dst_path=scratch, tracking_uri=tracking_uri
+            )
+        except FileNotFoundError as error:
+            raise _files_gone(model_uri, location) from error
+        return address, dict(models.Model.load(path).metadata or {})
+
+
+def alias_address(name: str, alias: str, tracking_uri: str) -> str | None:
+    """`models:/NAME/VERSION` of an alias; None where the model has no such alias.
+
+    Raises:
+        ConfigError: no such model (names those there are), or no such store.
+        ResourceError: the store does not answer.
+    """
+    client, exceptions = open_client(tracking_uri, create=False), import_mlflow("mlflow.exceptions")
+    with reporting(tracking_uri):
+        try:
+            aliases: dict[str, str] = client.get_registered_model(name).aliases
+        except exceptions.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise _unknown(client, tracking_uri, f"models:/{name}") from error
+    return f"models:/{name}/{aliases[alias]}" if alias in aliases else None
+
+
+def move_alias(address: str, alias: str, tracking_uri: str, tags: Mapping[str, str]) -> None:
+    """Points an alias at `models:/NAME/VERSION` and notes on that version why. Raises as `alias_address` does."""
+    parts = _URI.fullmatch(address)
+    if parts is None or not parts["version"]:
+        raise ValueError(f"{address} is not the address of a version")
+    client = open_client(tracking_uri, create=False)
+    with reporting(tracking_uri):
+        for key, value in tags.items():
+            client.set_model_version_tag(parts["name"], parts["version"], key, value)
+        client.set_registered_model_alias(parts["name"], alias, parts["version"])
+
+
+def _look_up(model_uri: str, tracking_uri: str) -> tuple[str, str]:
+    """The address that does not move, and where the artifacts lie."""
+    parts = _URI.fullmatch(model_uri)
+    if parts is None:
+        raise ConfigError(
+            "model", model_uri, "models:/NAME@ALIAS, models:/NAME/VERSION or models:/m-ID",
+            "write it like models:/fewstep-tiny@champion",
+        )  # fmt: skip
+    client = open_client(tracking_uri, create=False)
+    with reporting(tracking_uri):
+        return _location(client, tracking_uri, parts, model_uri)
 
 
 def _location(client: Any, uri: str, parts: re.Match[str], model_uri: str) -> tuple[str, str]:
@@ -90,11 +133,13 @@ def _location(client: Any, uri: str, parts: re.Match[str], model_uri: str) -> tu
     except exceptions.MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        known = _known_models(client)
-        allowed = f"one of {known}" if known else f"a registered model; {shown_uri(uri)} has none"
-        raise ConfigError(
-            "model", f"{model_uri}, which is not there", allowed, "name one, or a model folder"
-        ) from error
+        raise _unknown(client, uri, model_uri) from error
+
+
+def _unknown(client: Any, uri: str, model_uri: str) -> ConfigError:
+    known = _known_models(client)
+    allowed = f"one of {known}" if known else f"a registered model; {shown_uri(uri)} has none"
+    return ConfigError("model", f"{model_uri}, which is not there", allowed, "name one, or a model folder")
 
 
 def _known_models(client: Any) -> list[str]:
@@ -135,11 +180,15 @@ def _weights_folder(model_uri: str, packed: Path) -> Path:
         return referenced_folder(model_uri, reference)
     folder = packed / flavor["artifacts"][ARTIFACT]["path"] if flavor else packed
     if not flavor or not folder.is_dir():
-        raise CheckpointError(
-            model_uri, f"no model folder at {packed}", "the files this store registered",
-            "put them back (artifact paths are absolute: a moved run folder loses them), or register the model again",
-        )  # fmt: skip
+        raise _files_gone(model_uri, str(packed))
     return folder
+
+
+def _files_gone(model_uri: str, location: str) -> CheckpointError:
+    return CheckpointError(
+        model_uri, f"no model folder at {location}", "the files this store registered",
+        "put them back (artifact paths are absolute: a moved run folder loses them), or register the model again",
+    )  # fmt: skip
 
 
 def referenced_folder(model_uri: str, reference: Mapping[str, str]) -> Path:

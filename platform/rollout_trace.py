@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,18 +51,13 @@ class RolloutTrace:
     trace_id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Window:
     """When a stage of a whole batch began and ended, in nanoseconds since the epoch."""
 
-    start_ns: int = 0
-    end_ns: int = 0
+    start_ns: int
+    end_ns: int
 
-    @contextmanager
-    def measured(self) -> Iterator[None]:
-        """The block is the stage."""
-        self.start_ns = time.time_ns()
-        try:
-            yield
-        finally:
-            self.end_ns = time.time_ns()
+    @property
+    def seconds(self) -> float:
+        return (self.end_ns - self.start_ns) / 1e9

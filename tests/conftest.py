@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -15,3 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # without the variable (tests/kernels/test_ahead_of_time.py).
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Jobs of tests that name no store of their own must not track into the checkout's.
+os.environ["MLFLOW_TRACKING_URI"] = (
+    f"sqlite:///{Path(tempfile.mkdtemp(prefix='fewstep-tests-')) / 'mlflow.db'}"
+)

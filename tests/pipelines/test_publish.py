@@ -25,7 +25,13 @@ from fewstep.kernels.model.transformer import Transformer
 from fewstep.pipelines.publish import log_checkpoint, publish_model
 from fewstep.platform.artifacts import file_digest
 from fewstep.platform.errors import CheckpointError, ConfigError, ResourceError
-from fewstep.platform.mlflow_registry import find_model, mlflow_model_folder, model_facts
+from fewstep.platform.mlflow_registry import (
+    alias_address,
+    find_model,
+    mlflow_model_folder,
+    model_facts,
+    move_alias,
+)
 from fewstep.platform.mlflow_store import open_client, run_page, server_command, sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import DecodePolicy, WeightVersion
@@ -242,7 +248,20 @@ def test_facts_travel_with_the_model(uri: str, folder: Path) -> None:
             tracker, folder, name="facts", alias="candidate", metrics={}, input_example="a", policy=POLICY, step=3,
             facts=facts,
         )  # fmt: skip
-    assert model_facts("models:/facts@candidate", uri) == {"step": 3, "dataset": "", **facts}
+    address, found = model_facts("models:/facts@candidate", uri)
+    assert (address, found) == ("models:/facts/1", {"step": 3, "dataset": "", **facts})
+
+
+def test_an_alias_moves_to_a_version_and_says_why(uri: str, folder: Path) -> None:
+    with open_run(uri) as tracker:
+        publish(tracker, folder, name="aliased", alias="candidate")
+    assert alias_address("aliased", "champion", uri) is None
+    move_alias("models:/aliased/1", "champion", uri, {"fewstep.promoted": "it dominates"})
+    assert alias_address("aliased", "champion", uri) == "models:/aliased/1"
+    version = open_client(uri, create=False).get_model_version_by_alias("aliased", "champion")
+    assert version.tags["fewstep.promoted"] == "it dominates"
+    with pytest.raises(ConfigError, match="models:/aliased@champion"):
+        alias_address("unheard-of", "champion", uri)
 
 
 def mlflow_names(uri: str) -> set[str]:
