@@ -166,7 +166,9 @@ def _log_rollouts(config: RefineConfig, tracker: MlflowTracker, answers: Mapping
     tracker.log_artifact(out / "trajectories.json")
     for when, rollouts in answers.items():
         path = out / "answers" / f"{when}.parquet"
-        write_rollouts(path, rollouts, {"model": when, "policy": rollouts[0].trajectory.policy.label()})
+        prompts = {own.task_id: Specification.parse(own.task_id).prompt for own in rollouts}
+        facts = {"model": when, "policy": rollouts[0].trajectory.policy.label(), "prompts": prompts}
+        write_rollouts(path, rollouts, facts)
         tracker.log_artifact(path, "answers")
     trained = [entry for entry in index if entry["path"].startswith("rollouts/")]
     if trained:

@@ -95,6 +95,18 @@ def alias_address(name: str, alias: str, tracking_uri: str) -> str | None:
     return f"models:/{name}/{aliases[alias]}" if alias in aliases else None
 
 
+def model_run(model_uri: str, tracking_uri: str) -> str:
+    """The id of the run that made a model. Raises as `find_model` does."""
+    client = open_client(tracking_uri, create=False)
+    address, _ = _look_up(model_uri, tracking_uri)
+    parts = _URI.fullmatch(address)
+    assert parts is not None
+    with reporting(tracking_uri):
+        if parts["model_id"]:
+            return str(client.get_logged_model(parts["model_id"]).source_run_id)
+        return str(client.get_model_version(parts["name"], parts["version"]).run_id)
+
+
 def move_alias(address: str, alias: str, tracking_uri: str, tags: Mapping[str, str]) -> None:
     """Points an alias at `models:/NAME/VERSION` and notes on that version why. Raises as `alias_address` does."""
     parts = _URI.fullmatch(address)
