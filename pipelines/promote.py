@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
-
-from pydantic import Field
 
 from fewstep.pipelines.promotion import (
-    CANDIDATE,
     CHAMPION,
     Judgement,
     Mark,
@@ -18,29 +14,15 @@ from fewstep.pipelines.promotion import (
     judge,
     standing_of,
 )
-from fewstep.platform.config import Config
+from fewstep.pipelines.tracking_settings import Accepted, PromoteConfig
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_leftovers import deliver_leftovers
 from fewstep.platform.mlflow_registry import alias_address, model_facts, move_alias
 from fewstep.platform.mlflow_store import project_uri
 
-Accepted = Literal["nothing", "quality", "speed", "both"]
 _TRADES: dict[Accepted, tuple[Trade, ...]] = {
     "nothing": (), "quality": ("quality",), "speed": ("speed",), "both": ("quality", "speed")
 }  # fmt: skip
-
-
-class PromoteConfig(Config):
-    """Make a registered version the one that is served."""
-
-    name: str = "fewstep-tiny"
-    """Name in the model registry."""
-    candidate: str = CANDIDATE
-    """Alias or number of the version to promote."""
-    accept: Accepted = Field(default="nothing")
-    """What the candidate may give up against the champion."""
-    tracking_uri: str = ""
-    """MLflow store; empty = MLFLOW_TRACKING_URI, else runs/mlflow.db."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fewstep.pipelines.frontier import (
     speedup_record,
 )
 from fewstep.pipelines.frontier_table import comparison_table
+from fewstep.pipelines.paired_answers import paired_answers
 from fewstep.pipelines.promote import promote
 from fewstep.pipelines.promotion import CANDIDATE, CHAMPION, standing_facts
 from fewstep.pipelines.publish import publish_model
@@ -119,6 +120,7 @@ def conclude(
     report["cost"] = run_cost(
         progress.history, config.prompts_per_step * config.group_size, extra["total_seconds"]
     )
+    report["significance"] = paired_answers(answers["before"], answers["after"], "refine")
     report["figures"] = figures
     report["mlflow"] = {"tracking_uri": shown_uri(tracker.uri), "run_id": tracker.run_id, "model_uri": uri}
     atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")

@@ -45,14 +45,21 @@ class RunRecord:
     figures: Mapping[str, Path] = field(default_factory=dict)
 
     def frontiers(self) -> dict[str, list[FrontierPoint]]:
-        """The measured frontiers: `before` and `after` of a refinement, `model` of an evaluation; none of others."""
-        found = {"before": "frontier_before", "after": "frontier_after", "model": "points"}
-        return {name: frontier_points(self.report[key]) for name, key in found.items() if key in self.report}
+        """The measured frontiers: `before` and `after` of a refinement, one a benchmark and model of an evaluation, none
+        of other jobs."""
+        found = {"before": "frontier_before", "after": "frontier_after"}
+        frontiers = {
+            name: frontier_points(self.report[key]) for name, key in found.items() if key in self.report
+        }
+        for benchmark, measured in self.report.get("benchmarks", {}).items():
+            for slot, one in measured["models"].items():
+                frontiers[f"{benchmark}, {slot}"] = frontier_points(one["points"])
+        return frontiers
 
-    def best_frontier(self) -> list[FrontierPoint]:
+    def final_frontier(self) -> list[FrontierPoint]:
         """That of the model the run ended with; empty where nothing was measured."""
         frontiers = self.frontiers()
-        return frontiers.get("after") or frontiers.get("model") or []
+        return frontiers.get("after") or next(iter(frontiers.values()), [])
 
     def answers(self, when: str) -> list[Rollout]:
         """The held-out answers of a side (`before`, `after`) at the policy that the report compares; maybe none."""
@@ -80,7 +87,10 @@ def load_run(reference: str, tracking_uri: str, scratch: Path) -> RunRecord:
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():
             raise ConfigError(
-                "run", f"{reference}, a folder without {CONFIG_FILE}", "the `out` of a job", "name another folder"
+                "run",
+                f"{reference}, a folder without {CONFIG_FILE}",
+                "the `out` of a job",
+                "name another folder",
             )
         return _record(folder.name, folder, _stored(folder, tracking_uri))
     store = RunStore(tracking_uri)
@@ -108,7 +118,9 @@ def frontier_points(records: Sequence[Mapping[str, Any]]) -> list[FrontierPoint]
 def config_difference(one: Mapping[str, str], two: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Keys whose values differ, with both values (`-` = not there), those that say nothing of the work left out."""
     keys = sorted(
-        key for key in one.keys() | two.keys() if key.partition(".")[0] not in INCIDENTAL and one.get(key) != two.get(key)
+        key
+        for key in one.keys() | two.keys()
+        if key.partition(".")[0] not in INCIDENTAL and one.get(key) != two.get(key)
     )
     return {key: (one.get(key, "-"), two.get(key, "-")) for key in keys}
 

@@ -105,7 +105,9 @@ class PairedTest:
 
     def verdict(self) -> str:
         """One sentence; says so where nothing can be claimed."""
-        points = Interval(*(100.0 * bound for bound in (self.difference.value, self.difference.low, self.difference.high)))
+        points = Interval(
+            *(100.0 * bound for bound in (self.difference.value, self.difference.low, self.difference.high))
+        )
         numbers = f"{points.text(1)} points, p = {self.adjusted:.2g}, {self.better} tasks better, {self.worse} worse"
         if not self.significant:
             return f"not significant: {numbers}"
@@ -131,7 +133,9 @@ def paired_test(first: Sequence[float], second: Sequence[float], *key: int | str
         raise ValueError(f"{len(before)} and {len(after)} tasks cannot be paired")
     difference = after - before
     differing = difference[difference != 0.0]
-    interval = Interval(float(difference.mean()), *_bounds(_resampled(difference[:, None], "paired", *key)[:, 0]))
+    interval = Interval(
+        float(difference.mean()), *_bounds(_resampled(difference[:, None], "paired", *key)[:, 0])
+    )
     if np.all(np.isin(np.concatenate([before, after]), (0.0, 1.0))):
         name, p_value = "McNemar, exact", _binomial(int((differing > 0).sum()), len(differing))
     else:

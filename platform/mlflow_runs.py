@@ -31,6 +31,7 @@ class StoredRun:
     run_id: str
     name: str
     status: str
+    experiment_id: str
     experiment: str
     start_ms: int
     end_ms: int | None
@@ -86,7 +87,9 @@ class RunStore:
                 "experiment", experiment, ", ".join(sorted(self._experiments.values())), "name one of them"
             )
         with reporting(self.uri):
-            found = self._client.search_runs(chosen, max_results=limit, order_by=["attributes.start_time DESC"])
+            found = self._client.search_runs(
+                chosen, max_results=limit, order_by=["attributes.start_time DESC"]
+            )
         return [self._read(run) for run in found]
 
     def find(self, reference: str) -> StoredRun:
@@ -135,7 +138,10 @@ class RunStore:
                 return Path(self._client.download_artifacts(run_id, path, str(into)))
             except exceptions.MlflowException as error:
                 raise ConfigError(
-                    path, str(error).splitlines()[0], "files the store still has", "look at the artifact store"
+                    path,
+                    str(error).splitlines()[0],
+                    "files the store still has",
+                    "look at the artifact store",
                 ) from error
 
     def _read(self, run: Any) -> StoredRun:
@@ -145,6 +151,7 @@ class RunStore:
             run_id=str(info.run_id),
             name=str(info.run_name),
             status=str(info.status),
+            experiment_id=str(info.experiment_id),
             experiment=self._experiments.get(str(info.experiment_id), ""),
             start_ms=int(info.start_time),
             end_ms=None if info.end_time is None or info.status == "RUNNING" else int(info.end_time),

@@ -234,6 +234,11 @@ def server_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
     return command, {**_QUIET_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
+def experiment_page(experiment_id: str) -> str:
+    """The part of the address of an experiment's runs that follows the server's."""
+    return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+
+
 def run_page(experiment_id: str, run_id: str, page: str = "model-metrics") -> str:
     """The part of a run's address that follows the server's."""
     # Without the type, the pages for chat applications surround the run.
