@@ -73,11 +73,9 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
     data = _data_digests(config, held_out)
     with ExitStack() as stack:
         nodes = stack.enter_context(OtherNodes())
-        facts = {"model.family": MODEL_FAMILY, "data.digest": state_digest(data.values()), "machine.accelerator": accelerator(),
-                 "machine.hosts": json.dumps(nodes.hosts), "machine.num_hosts": str(len(nodes.hosts)),
-                 "model.started_from": config.model or "embedded"}  # fmt: skip
+        facts = _run_facts(config, data, nodes) | dict(tags or {})
         tracker = stack.enter_context(
-            open_tracker(config, held_out, data, resumed=saved is not None, tags=facts | dict(tags or {}))
+            open_tracker(config, held_out, data, resumed=saved is not None, tags=facts)
         )
         for node, sample in nodes.samples():
             tracker.watch(node, sample)
@@ -131,6 +129,18 @@ def make_objective(config: RefineConfig) -> RefineObjective:
             str(error),
         ) from error
     return objective
+
+
+def _run_facts(config: RefineConfig, data: Mapping[str, str], nodes: OtherNodes) -> dict[str, str]:
+    """Tags that only this job knows."""
+    return {
+        "model.family": MODEL_FAMILY,
+        "model.started_from": config.model or "embedded",
+        "data.digest": state_digest(data.values()),
+        "machine.accelerator": accelerator(),
+        "machine.hosts": json.dumps(nodes.hosts),
+        "machine.num_hosts": str(len(nodes.hosts)),
+    }
 
 
 def _data_digests(config: RefineConfig, held_out: list[Task]) -> dict[str, str]:

@@ -91,7 +91,7 @@ def conclude(
     speedup, out = compare(before, after), config.out
     table = comparison_table(before, after, speedup)
     atomic_write_text(out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in progress.history))
-    served = speedup.after or after[0]
+    served = speedup.after or _same_policy(after, speedup.before)
     # A model that lost the bar, or is slower at it, must not become what others serve.
     held = speedup.speedup_forwards is not None and speedup.speedup_forwards >= 1.0
     answers = {"before": _kept(out, "before", speedup.before), "after": _kept(out, "after", served)}
@@ -103,18 +103,7 @@ def conclude(
         tracker.log_figure(name, out / f"{name}.png", step=progress.step)
     _log_rollouts(config, tracker, answers)
     tracker.log_metrics(_measured(speedup.before), step=0)
-    uri = publish_model(
-        tracker,
-        out / "model",
-        name=config.register_as,
-        alias=CANDIDATE,
-        metrics=_summary(speedup, served),
-        input_example=Specification.parse(answers["after"][0].task_id).prompt,
-        policy=served.policy,
-        step=progress.step,
-        dataset=HELD_OUT,
-        facts=standing_facts(after, before, speedup, extra["data"]["held_out"]),
-    )
+    uri = _registered(config, tracker, before, after, served, progress.step, extra["data"]["held_out"])
     uri = _promoted(config, tracker, uri) if held else uri
     report = {**_report(config, before, after, progress), **extra, "held_bar": held, "policies": policies}
     report["cost"] = run_cost(
@@ -138,6 +127,31 @@ def conclude(
         table=table,
         report=report,
     )
+
+
+def _registered(
+    config: RefineConfig,
+    tracker: MlflowTracker,
+    before: list[FrontierPoint],
+    after: list[FrontierPoint],
+    served: FrontierPoint,
+    step: int,
+    data: str,
+) -> str:
+    """The address of the candidate that the refined model becomes, or its folder while the store is away."""
+    speedup = compare(before, after)
+    return publish_model(
+        tracker,
+        config.out / "model",
+        name=config.register_as,
+        alias=CANDIDATE,
+        metrics=_summary(speedup, served),
+        input_example=Specification.parse(_kept(config.out, "after", served)[0].task_id).prompt,
+        policy=served.policy,
+        step=step,
+        dataset=HELD_OUT,
+        facts=standing_facts(after, before, speedup, data),
+    )  # fmt: skip
 
 
 def _promoted(config: RefineConfig, tracker: MlflowTracker, uri: str) -> str:
@@ -180,6 +194,11 @@ def _log_rollouts(config: RefineConfig, tracker: MlflowTracker, answers: Mapping
             profile={"num_files": len(trained), "num_rows": sum(entry["rows"] for entry in trained)},
         )  # fmt: skip
         tracker.log_table("samples", sample_table(out / "rollouts", config.seed))
+
+
+def _same_policy(points: list[FrontierPoint], wanted: FrontierPoint) -> FrontierPoint:
+    """The point of the same policy; a frontier is measured at the same ones before and after."""
+    return next(point for point in points if point.policy == wanted.policy)
 
 
 def _kept(out: Path, name: str, point: FrontierPoint) -> list[Rollout]:
