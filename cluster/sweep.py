@@ -20,7 +20,7 @@ import ray
 from fewstep.cluster.session import require_resources
 from fewstep.cluster.sweep_settings import SweepConfig, Trial, trials_of
 from fewstep.pipelines.run_comparison_figure import draw_comparison
-from fewstep.pipelines.run_record import load_run
+from fewstep.pipelines.run_record import folder_record
 from fewstep.pipelines.run_table import aligned, duration
 from fewstep.pipelines.tracked_run import RunPlan, tracked_run
 from fewstep.platform.artifacts import atomic_write_text
@@ -166,9 +166,7 @@ def _conclude(
     print("\n" + "\n".join(_table(state, goal, more)), flush=True)
     if config.command == "refine" and ranked:
         folders = [trial.config.out for trial in trials if state[trial.name]["status"] == "finished"]  # type: ignore[attr-defined]
-        records = {
-            folder.name: load_run(str(folder), config.tracking_uri or "", folder) for folder in folders
-        }
+        records = {folder.name: folder_record(folder) for folder in folders}
         draw_comparison(config.out / "sweep.png", records)
         tracker.log_figure("sweep", config.out / "sweep.png")
     tracker.log_artifact(config.out / STATE_FILE)

@@ -28,6 +28,9 @@ from fewstep.pipelines.refine import Progress
 from fewstep.pipelines.rollout_samples import sample_table
 from fewstep.pipelines.run_cost import run_cost
 from fewstep.pipelines.run_figures import draw_films, draw_run
+from fewstep.pipelines.run_findings import answers_to_questions
+from fewstep.pipelines.run_record import folder_record
+from fewstep.pipelines.run_report import write_report
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.tasks.family import Specification
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
@@ -113,8 +116,9 @@ def conclude(
     report["figures"] = figures
     report["mlflow"] = {"tracking_uri": shown_uri(tracker.uri), "run_id": tracker.run_id, "model_uri": uri}
     atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-    tracker.log_artifact(out / "report.json")
-    tracker.log_artifact(out / "history.jsonl")
+    for name in ("report.json", "history.jsonl"):
+        tracker.log_artifact(out / name)
+    _tell(tracker, out)
     print(f"\n{table}\n", flush=True)
     return RefineResult(
         model=out / "model",
@@ -194,6 +198,15 @@ def _log_rollouts(config: RefineConfig, tracker: MlflowTracker, answers: Mapping
             profile={"num_files": len(trained), "num_rows": sum(entry["rows"] for entry in trained)},
         )  # fmt: skip
         tracker.log_table("samples", sample_table(out / "rollouts", config.seed))
+
+
+def _tell(tracker: MlflowTracker, out: Path) -> None:
+    """The answers to a reader's questions at the top of the run's page, and the whole report among its files."""
+    record = folder_record(out)
+    write_report(record, out)
+    lines = [f"**{question}** {answer}" for question, answer in answers_to_questions(record)]
+    tracker.set_tags({"mlflow.note.content": "\n\n".join(lines)})
+    tracker.log_artifact(out / "report.html")
 
 
 def _same_policy(points: list[FrontierPoint], wanted: FrontierPoint) -> FrontierPoint:

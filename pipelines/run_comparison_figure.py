@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.pipelines.figures import AFTER, BEFORE, new_figure, policy_label, save_figure, style_axes
+from fewstep.pipelines.figures import AFTER, BEFORE, PointLabels, new_figure, save_figure, style_axes
 from fewstep.pipelines.frontier import standard_error
 from fewstep.pipelines.promotion import Mark, undominated
 from fewstep.pipelines.run_record import RunRecord
+from fewstep.platform.records import FrontierPoint
 
 _COLOURS = (BEFORE, AFTER, "#15803d", "#c2410c", "#7c3aed", "#0e7490")
 _TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
@@ -25,17 +26,25 @@ def draw_comparison(path: Path, runs: Mapping[str, RunRecord]) -> None:
     figure = new_figure(8.0, 4.6 + (0.55 * len(bills) + 1.0 if bills else 0.0))
     ratios = [4.6, 0.55 * len(bills) + 1.0] if bills else [1.0]
     grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
-    _draw_frontiers(figure.add_subplot(grid[0]), runs)
+    frontiers = figure.add_subplot(grid[0])
+    points, labels = _draw_frontiers(frontiers, runs)
     if bills:
         _draw_bills(figure.add_subplot(grid[1]), bills)
+    places = PointLabels(figure, frontiers, points)
+    for point, colour in labels:
+        places.place(point, colour)
     save_figure(figure, path)
 
 
-def _draw_frontiers(axes: Any, runs: Mapping[str, RunRecord]) -> None:
+def _draw_frontiers(
+    axes: Any, runs: Mapping[str, RunRecord]
+) -> tuple[list[FrontierPoint], list[tuple[FrontierPoint, str]]]:
+    """Returns all points, and those to be labelled with their colours: labels are placed once the layout stands."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
     style_axes(axes, "Speed-quality frontier; hollow: dominated by the same run's other policies")
-    everything = []
+    everything: list[FrontierPoint] = []
+    labels: list[tuple[FrontierPoint, str]] = []
     for (name, run), colour in zip(runs.items(), _COLOURS * (1 + len(runs) // len(_COLOURS)), strict=False):
         points = run.final_frontier()
         everything += points
@@ -50,11 +59,7 @@ def _draw_frontiers(axes: Any, runs: Mapping[str, RunRecord]) -> None:
             [p.forwards_per_answer for p in rest], [p.pass_at_1 for p in rest], "o", markersize=4.5,
             markerfacecolor="none", markeredgecolor=colour + "99",
         )  # fmt: skip
-        for point in kept:
-            axes.annotate(
-                policy_label(point.policy), xy=(point.forwards_per_answer, point.pass_at_1), xytext=(0, 7),
-                textcoords="offset points", ha="center", fontsize=7.5, color=colour,
-            )  # fmt: skip
+        labels += [(point, colour) for point in kept]
     axes.set_xscale("log")
     forwards = [point.forwards_per_answer for point in everything]
     low, high = min(forwards) / 1.25, max(forwards) * 1.25
@@ -67,6 +72,7 @@ def _draw_frontiers(axes: Any, runs: Mapping[str, RunRecord]) -> None:
     axes.set_xlabel("forwards per answer (fewer is faster)", fontsize=9.5)
     axes.set_ylabel("pass@1, with standard error", fontsize=9.5)
     axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+    return everything, labels
 
 
 def _draw_bills(axes: Any, bills: Mapping[str, Mapping[str, float]]) -> None:

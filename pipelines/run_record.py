@@ -102,6 +102,11 @@ def load_run(reference: str, tracking_uri: str, scratch: Path) -> RunRecord:
     return _record(stored.name, own, stored)
 
 
+def folder_record(folder: Path) -> RunRecord:
+    """A run from its folder alone."""
+    return _record(folder.name, folder, None)
+
+
 def frontier_points(records: Sequence[Mapping[str, Any]]) -> list[FrontierPoint]:
     """A frontier from a report."""
     names = (

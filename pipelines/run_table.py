@@ -37,13 +37,12 @@ def runs_table(runs: Sequence[StoredRun]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`42 s`, `3.5 min`, `1.2 h`; `-` for a run that has not ended."""
+    """`0.4 s`, `42 s`, `3.5 min`, `1.2 h`; `-` for a run that has not ended."""
     if seconds is None:
         return "-"
-    for limit, unit, divisor in ((100.0, "s", 1.0), (6000.0, "min", 60.0)):
-        if seconds < limit:
-            return f"{seconds / divisor:.{0 if unit == 's' else 1}f} {unit}"
-    return f"{seconds / 3600.0:.1f} h"
+    if seconds < 100.0:
+        return f"{seconds:.{1 if seconds < 10.0 else 0}f} s"
+    return f"{seconds / 60.0:.1f} min" if seconds < 6000.0 else f"{seconds / 3600.0:.1f} h"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: set[str] | None = None) -> list[str]:
