@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from fewstep.cluster.session import require_resources
+from fewstep.actors.placement import require_room
 from fewstep.cluster.sweep_settings import SweepConfig, Trial, trials_of
 from fewstep.pipelines.run_comparison_figure import draw_comparison
 from fewstep.pipelines.run_record import folder_record
@@ -47,7 +47,7 @@ def run(config: SweepConfig) -> None:
     trials = trials_of(config)
     state = _read_state(config, trials)
     need = max(getattr(trial.config, "total_cpus", 1.0) for trial in trials)
-    require_resources({"CPU": need * config.concurrent})
+    require_room("trials", config.concurrent, need)
     plan = RunPlan(
         kind="sweep", config=config, out=config.out, tracking_uri=uri, experiment=config.experiment,
         description=f"A sweep of `fewstep {config.command}`: {len(trials)} trials.", resumed=bool(state),
@@ -115,6 +115,7 @@ def _run_trials(
                 tags = {"mlflow.parentRunId": tracker.run_id, "fewstep.trial": trial.name}
                 state[trial.name]["status"] = "running"
                 print(f"trial {trial.number + 1}/{len(trials)}  {trial.name}", flush=True)
+                told[trial.name] = _last_line(trial)  # an earlier start's
                 running[task.remote(config.command, trial.config, tags)] = trial
                 _write_state(config, state)
             done, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_S)
@@ -198,11 +199,16 @@ def _table(state: Mapping[str, dict[str, Any]], goal: str, more: bool) -> list[s
 
 def _tell_progress(trial: Trial, told: dict[str, str]) -> None:
     """The last line of a trial's log, when it is a new one."""
+    line = _last_line(trial)
+    if line != told[trial.name]:
+        told[trial.name] = line
+        print(f"  {trial.number:03d}  {line.strip()}", flush=True)
+
+
+def _last_line(trial: Trial) -> str:
     log = trial.config.out / "log.txt"  # type: ignore[attr-defined]
-    lines = log.read_text(errors="replace").splitlines()[-1:] if log.is_file() else []
-    if lines and told.get(trial.name) != lines[0]:
-        told[trial.name] = lines[0]
-        print(f"  {trial.number:03d}  {lines[0].strip()}", flush=True)
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return str(lines[-1]) if lines else ""
 
 
 def _cancel(references: list[Any]) -> None:
