@@ -246,7 +246,7 @@ class _Slow:
 def test_a_refinement_survives_an_outage_of_its_whole_length(tmp_path: Path) -> None:
     server = TrackingServer(tmp_path / "server", start=False)
     job = [
-        sys.executable, "-m", "fewstep", "refine", "--out", "runs/refine", f"tracking_uri={server.url}", "steps=2",
+        sys.executable, "-m", "fewstep", "refine", "--ray-cpus", "2", "--out", "runs/refine", f"tracking_uri={server.url}", "steps=2",
         "checkpoint_every=1", "prompts_per_step=8", "group_size=2", "num_eval_tasks=8", "num_replicas=1",
         "sweep.thresholds=[0.9]", "sweep.tokens_per_step=[]", "trainer.num_ranks=1",
     ]  # fmt: skip
