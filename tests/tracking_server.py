@@ -90,9 +90,9 @@ def postgres(folder: Path) -> Iterator[str]:
         NoPostgres: Debian's packages or the Python driver are not installed, or this user may not run it.
     """
     try:
-        import psycopg2  # noqa: F401
+        import psycopg  # noqa: F401
     except ImportError:
-        raise NoPostgres("no psycopg2 (test extra)") from None
+        raise NoPostgres("no psycopg (test extra)") from None
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs:
         raise NoPostgres("no /usr/lib/postgresql/*/bin/initdb (Debian package postgresql)")

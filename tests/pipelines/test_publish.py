@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +28,7 @@ from fewstep.platform.mlflow_registry import (
     model_facts,
     move_alias,
 )
-from fewstep.platform.mlflow_store import open_client, run_page, server_command, sqlite_uri
+from fewstep.platform.mlflow_store import open_client, run_page, sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import DecodePolicy, WeightVersion
 from fewstep.platform.tracking import MemoryTracker, TrackedModel
@@ -297,49 +293,20 @@ def test_without_a_registry_the_folder_is_the_address(folder: Path) -> None:
     assert tracker.models[0].max_tokens == 64
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A real MLflow server over a store of its own, that hands out artifacts itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command, extra = server_command(sqlite_uri(tmp_path), port)
-    environment = {**os.environ, **extra}
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--artifacts-destination", str(tmp_path / "artifacts")],
-            stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True,
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
-
-
 @pytest.mark.timeout(600)
 def test_a_server_by_address_does_all_of_it(
-    server: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database_server: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with open_run(server) as tracker:
+    with open_run(database_server) as tracker:
         tracker.log_metrics({"train/loss": 1.0}, step=0)
         model_uri = publish(tracker, folder, name="remote")
-    fetched = mlflow_model_folder(model_uri, server)
+    fetched = mlflow_model_folder(model_uri, database_server)
     assert fetched.is_relative_to(tmp_path / "cache")
     assert digests(fetched) == digests(folder)
     written = (fetched / "model.safetensors").stat().st_mtime_ns
-    assert mlflow_model_folder(model_uri, server) == fetched
+    assert mlflow_model_folder(model_uri, database_server) == fetched
     assert (fetched / "model.safetensors").stat().st_mtime_ns == written, "fetched twice"
-    run = open_client(server, create=False).get_run(tracker.run_id)
+    run = open_client(database_server, create=False).get_run(tracker.run_id)
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
     assert tracker.page == run_page(tracker.experiment_id, tracker.run_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +125,20 @@ class Repeating(Delivery):
         return super().apply(entries)
 
 
-@pytest.mark.parametrize("factory", [Repeating])
-def test_told_twice_is_there_once(uri: str, tmp_path: Path, factory: Callable[..., Delivery]) -> None:
+def test_told_twice_is_there_once(uri: str, tmp_path: Path) -> None:
+    check_told_twice(uri, tmp_path)
+
+
+@pytest.mark.timeout(600)
+def test_told_twice_is_there_once_on_a_server(database_server: str, tmp_path: Path) -> None:
+    check_told_twice(database_server, tmp_path)
+
+
+def check_told_twice(uri: str, tmp_path: Path) -> None:
     (tmp_path / "once").mkdir()
     (tmp_path / "twice").mkdir()
     seen = []
-    for key, own in (("once", Delivery), ("twice", factory)):
+    for key, own in (("once", Delivery), ("twice", Repeating)):
         spool = Spool(tmp_path / f"spool-{key}")
         fill(spool, tmp_path / key, key)
         deliver(spool, own(uri, spool))
