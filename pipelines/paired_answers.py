@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fewstep.pipelines.statistics import paired_test, ratio_interval
+from fewstep.pipelines.significance import paired_test, ratio_interval
 from fewstep.platform.records import Rollout
 
 

@@ -179,7 +179,7 @@ def _binomial(successes: int, trials: int) -> float:
         return 1.0
     extreme = min(successes, trials - successes)
     tail = sum(math.comb(trials, i) for i in range(extreme + 1))
-    return min(1.0, 2 * tail / 2**trials)  # integers of any size: exact
+    return min(1.0, float(2 * tail / 2**trials))  # integers of any size: exact
 
 
 def _sign_flip(differing: Values, *key: int | str) -> tuple[str, float]:
