@@ -33,7 +33,7 @@ def publish_model(
 
     Args:
         tracker: the run that made the model.
-        folder: config.json, model.safetensors, tokenizer.json.
+        folder: config.json, safetensors, tokenizer.json.
         name, alias: it will be `models:/name@alias`.
         metrics: shown on the model's page, such as `eval/heldout/pass_at_1`.
         input_example: one prompt.
@@ -68,7 +68,7 @@ def log_checkpoint(
 
     Args:
         tracker: the run.
-        folder: config.json, model.safetensors, tokenizer.json; the checkpoint lives as long as this folder.
+        folder: config.json, safetensors, tokenizer.json; the checkpoint lives as long as this folder.
         name: what the logged model is called; one name for all checkpoints of a run.
         metrics: linked to the logged model at `step`.
         input_example, policy, step: as `publish_model` takes them.

@@ -56,7 +56,7 @@ def log_by_reference(
 
     Args:
         mark: tells a repetition; the same mark is the same logged model.
-        checksum: SHA-256 of model.safetensors; whoever loads the model checks it, since a path is no promise.
+        checksum: `weights_digest` of the folder; whoever loads the model checks it, since a path is no promise.
     Returns:
         The logged model's id.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.platform.artifacts import atomic_folder, file_digest
+from fewstep.platform.artifacts import atomic_folder, weights_digest
 from fewstep.platform.errors import CheckpointError, ConfigError
 from fewstep.platform.mlflow_models import ARTIFACT, WEIGHTS
 from fewstep.platform.mlflow_store import import_mlflow, open_client, reporting, shown_uri
@@ -28,7 +28,7 @@ class FoundModel:
 
     Attributes:
         address: `models:/NAME/VERSION` or `models:/m-ID`: unlike an alias, it means the same thing tomorrow.
-        folder: config.json, model.safetensors, tokenizer.json.
+        folder: config.json, safetensors, tokenizer.json.
         packed: the folder of the MLflow model, with its MLmodel file.
     """
 
@@ -208,18 +208,19 @@ def referenced_folder(model_uri: str, reference: Mapping[str, str]) -> Path:
 
     Args:
         model_uri: what the user calls the model.
-        reference: `folder`, and the `sha256` of its model.safetensors when it was logged.
+        reference: `folder`, and the `sha256` of its weights when they were logged.
     Raises:
         CheckpointError: they are gone, or others are in their place.
     """
-    folder, checksum = Path(reference["folder"]), reference["sha256"]
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
+    folder = Path(reference["folder"])
+    try:
+        found = weights_digest(folder)
+    except CheckpointError as error:
         raise CheckpointError(
             model_uri, f"no weights at {folder}", "a checkpoint that its run still keeps",
             "name a newer checkpoint, or a registered version, which has a copy of its own",
-        )  # fmt: skip
-    if file_digest(weights) != checksum:
+        ) from error  # fmt: skip
+    if found != reference["sha256"]:
         raise CheckpointError(
             model_uri, f"other weights at {folder} than were logged", "the weights of that checkpoint",
             "name a registered version, which has a copy of its own",

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fewstep.platform.artifacts import file_digest
+from fewstep.platform.artifacts import weights_digest
 from fewstep.platform.courier import Courier, Refused
 from fewstep.platform.errors import CheckpointError, ResourceError
 from fewstep.platform.mlflow_delivery import Delivery
@@ -214,8 +214,7 @@ class MlflowTracker:
 
     def log_checkpoint(self, model: TrackedModel) -> None:
         """Raises CheckpointError when the folder has no weights."""
-        weights = _weights(model)
-        payload = {"weights": str(model.folder.resolve()), "checksum": file_digest(weights)}
+        payload = {"weights": str(model.folder.resolve()), "checksum": weights_digest(model.folder)}
         self._append("checkpoint", {**payload, **self._model_payload(model)})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -231,7 +230,8 @@ class MlflowTracker:
             CheckpointError: the folder has no weights.
             ResourceError: the store refused the model.
         """
-        _weights(model)
+        if not any(model.folder.glob("*.safetensors")):
+            raise CheckpointError(str(model.folder), "no weights", "a model folder", "write the model first")
         refused = len(self._spool.refused())
         self._append("model", {"file": model.folder.name, **self._model_payload(model)}, model.folder)
         if not self._courier.flush(self._patience_s):
@@ -313,13 +313,6 @@ class MlflowTracker:
         except OSError as error:  # a full disk: the run itself may still go on
             _logger.warning("a record of kind %s was lost: %s", kind, error)
             self._lost.append(f"{kind} ({error})")
-
-
-def _weights(model: TrackedModel) -> Path:
-    weights = model.folder / "model.safetensors"
-    if not weights.is_file():
-        raise CheckpointError(str(model.folder), "no such folder", "a model folder", "write the model first")
-    return weights
 
 
 def _now_ms() -> int:

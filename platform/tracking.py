@@ -34,7 +34,7 @@ class TrackedModel:
     """A model folder on its way into the registry, or a checkpoint on the way to it.
 
     Attributes:
-        folder: config.json, model.safetensors, tokenizer.json.
+        folder: config.json, safetensors, tokenizer.json.
         name: registered name; not empty, without `/` and `:`.
         alias: what serving will ask for, such as `champion`; moves here from any older version. Empty = a checkpoint,
             which is logged and not registered.
