@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.pipelines.figures import draw_curves
-from fewstep.pipelines.refine_report import REFINE_PANELS
+from fewstep.pipelines.run_figures import REFINE_PANELS
 from fewstep.platform.artifacts import atomic_write_text
 from fewstep.platform.errors import ResourceError, UserError
 

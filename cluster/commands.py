@@ -24,15 +24,15 @@ class Command:
         config: `module:Class`, a subclass of `Config`; imports no torch, Ray or MLflow.
         run: `module:function`, called with one instance of that class.
         ray: the job needs Ray. One is started for it and ends with it, unless it is told to join another.
-        operand: key that a bare word on the command line sets, such as `PATH` of `fewstep inspect PATH`; "" = a bare
-            word is the configuration file.
+        operands: keys that bare words on the command line set, in order, such as `PATH` of `fewstep inspect PATH`; with
+            none a bare word is the configuration file.
     """
 
     summary: str
     config: str
     run: str
     ray: bool = False
-    operand: str = ""
+    operands: tuple[str, ...] = ()
 
     def config_class(self) -> type[Config]:
         """The configuration class, imported now."""
@@ -98,7 +98,41 @@ COMMANDS: dict[str, Command] = {
         "say what a model folder holds: family, sizes, memory, what will run it",
         "fewstep.cluster.inspection:InspectConfig",
         "fewstep.cluster.inspection:run",
-        operand="model",
+        operands=("model",),
+    ),
+    "sweep": Command(
+        "run a job over a grid or random draws of its keys",
+        "fewstep.cluster.sweep_settings:SweepConfig",
+        "fewstep.cluster.sweep:run",
+        ray=True,
+    ),
+    "ui": Command(
+        "open MLflow on the project's runs",
+        "fewstep.cluster.tracking_ui:UiConfig",
+        "fewstep.cluster.tracking_ui:run",
+    ),
+    "runs": Command(
+        "list runs: status, time, quality, speed, registered versions",
+        "fewstep.pipelines.tracking_settings:RunsConfig",
+        "fewstep.pipelines.run_table:run",
+    ),
+    "compare": Command(
+        "two runs beside each other: what differed, what came out, what it cost",
+        "fewstep.pipelines.tracking_settings:CompareConfig",
+        "fewstep.pipelines.run_comparison:run",
+        operands=("first", "second"),
+    ),
+    "report": Command(
+        "one run as a page: HTML without a network, and Markdown",
+        "fewstep.pipelines.tracking_settings:ReportConfig",
+        "fewstep.pipelines.run_report:run",
+        operands=("run",),
+    ),
+    "promote": Command(
+        "make a registered version the champion, if it is nowhere worse or the trade is accepted",
+        "fewstep.pipelines.tracking_settings:PromoteConfig",
+        "fewstep.pipelines.promote:run",
+        operands=("name",),
     ),
 }
 

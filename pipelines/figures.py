@@ -71,7 +71,7 @@ def draw_frontier(
     if speedup is not None and speedup.after is not None:
         _arrow(axes, speedup.before, speedup.after, f"{speedup.speedup_forwards:.1f}x fewer")
     axes.legend(loc="lower right", frameon=False, fontsize=9)
-    labels = _Labels(figure, axes, everything)
+    labels = PointLabels(figure, axes, everything)
     for _, colour, points in reversed(curves):
         for point in points:
             labels.place(point, colour)
@@ -148,7 +148,7 @@ def _arrow(axes: Any, start: FrontierPoint, end: FrontierPoint, text: str) -> No
     )  # fmt: skip
 
 
-class _Labels:
+class PointLabels:
     """Puts a short label beside each point where it covers neither a point nor another label; else leaves it out."""
 
     _PLACES = (

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from fewstep.platform.artifacts import file_digest
 from fewstep.platform.errors import CheckpointError
-
-# Where `make demo` keeps its store: a newcomer's models:/ names are looked up there.
-DEMO_TRACKING_URI = "sqlite:///runs/demo/mlflow.db"
 
 
 def model_folder(model: str, tracking_uri: str) -> Path:
@@ -19,7 +15,7 @@ def model_folder(model: str, tracking_uri: str) -> Path:
     Args:
         model: a model folder, `models:/NAME@ALIAS`, or empty for the embedded model.
         tracking_uri: the MLflow store a `models:/` address is looked up in; empty = MLflow's own variable
-            MLFLOW_TRACKING_URI, and without that the store of `make demo`.
+            MLFLOW_TRACKING_URI, and without that the project's store, runs/mlflow.db.
     Raises:
         UserError: the address does not resolve. A folder is not looked into; loading it does that.
     """
@@ -30,8 +26,9 @@ def model_folder(model: str, tracking_uri: str) -> Path:
         return embedded_model()
     if model.startswith("models:/"):
         from fewstep.platform.mlflow_registry import mlflow_model_folder
+        from fewstep.platform.mlflow_store import project_uri
 
-        return mlflow_model_folder(model, _store(tracking_uri))
+        return mlflow_model_folder(model, project_uri(tracking_uri))
     return Path(model)
 
 
@@ -43,9 +40,10 @@ def pinned_model(model: str, tracking_uri: str) -> tuple[str, Path]:
     """
     if not model.startswith("models:/"):
         return model or "embedded", model_folder(model, tracking_uri)
+    from fewstep.platform.mlflow_store import project_uri
     from fewstep.platform.model_address import pinned_address
 
-    pinned = pinned_address(model, _store(tracking_uri))
+    pinned = pinned_address(model, project_uri(tracking_uri))
     return pinned, model_folder(pinned, tracking_uri)
 
 
@@ -60,7 +58,3 @@ def weights_digest(folder: Path) -> str:
         raise CheckpointError(str(folder), "no *.safetensors", "a model folder", "check the path")
     digests = [file_digest(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _store(tracking_uri: str) -> str:
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "") or DEMO_TRACKING_URI

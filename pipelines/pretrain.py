@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.corruption import Sample, edit_state, mask_states
 from fewstep.pipelines.figures import PRETRAIN_PANELS, draw_curves
 from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.publish import log_checkpoint
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.vocabulary import (
@@ -31,10 +34,9 @@ from fewstep.pipelines.tasks.vocabulary import (
     encode_pair,
     family_ids,
 )
-from fewstep.platform.artifacts import atomic_folder, atomic_write_text
-from fewstep.platform.config import render_config
-from fewstep.platform.mlflow_store import sqlite_uri
-from fewstep.platform.mlflow_tracker import MlflowTracker
+from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
+from fewstep.platform.artifacts import atomic_folder
+from fewstep.platform.records import DecodePolicy
 from fewstep.platform.rng import generator
 from fewstep.platform.tracking import Tracker
 
@@ -100,37 +102,45 @@ class Batches:
         return rows
 
 
-def run(config: PretrainConfig) -> None:
-    """Train, checkpoint, write `out/model`, `out/metrics.jsonl` and `out/curve.png`; tracked in MLflow."""
+def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
+    """Train, checkpoint, write `out/model`, `out/metrics.jsonl` and `out/curve.png`; tracked in MLflow.
+
+    Args:
+        tags: more tags of the run; `mlflow.parentRunId` nests it under another.
+    """
     tokenizer = build_tokenizer()
     model_config = model_of(config, tokenizer)
     # A checkpoint of another configuration is refused here, before anything is started or written.
     saved = read_progress(config.out / "checkpoint", _fingerprint(config), resume=config.resume)
-    config.out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(config.out / "config.yaml", render_config(config))
-    uri = config.tracking_uri or sqlite_uri(config.out)
-    trainer = TrainerGroup(model_config, config.seed, config.trainer, OBJECTIVE)
-    try:
+    plan = RunPlan(
+        kind="pretrain", config=config, out=config.out, tracking_uri=config.tracking_uri, experiment=config.experiment,
+        description="The two-stage curriculum from scratch: masks first, edits added at the end.",
+        resumed=saved is not None, required=config.require_tracking,
+        tags={"machine.accelerator": accelerator(), "model.family": "block-diffusion", **(tags or {})},
+    )  # fmt: skip
+    with (
+        tracked_run(plan) as tracker,
+        closing(TrainerGroup(model_config, config.seed, config.trainer, OBJECTIVE)) as trainer,
+    ):
         first = 0
         if saved is not None:
             first = int(saved["step"])
             trainer.load((config.out / "checkpoint").resolve())
             print(f"resumed at step {first}", flush=True)
-        with MlflowTracker(uri, experiment="fewstep", run_name="pretrain") as tracker:
-            tracker.log_params(config.model_dump(mode="json"))
-            tracker.log_dataset(
-                "family-training", digest=f"{config.seed:016x}", context="training",
-                source=f"pairs of the embedded family's training side, keyed by (seed {config.seed}, step, sample)",
-            )  # fmt: skip
-            log = _Log(config, first, tracker)
-            _train(config, trainer, Batches(config, tokenizer), log, first)
-            save_model(config.out / "model", trainer.state(), model_config, tokenizer)
-            draw_curves(config.out / "curve.png", {"pretrain": log.rows}, PRETRAIN_PANELS)
-            tracker.log_figure("curve", config.out / "curve.png", step=config.steps)
-            tracker.log_artifact(config.out / "model", "model")
-        print(f"wrote {config.out / 'model'}", flush=True)
-    finally:
-        trainer.close()
+        tracker.log_dataset(
+            "family-training", digest=f"{config.seed:016x}", context="training",
+            source=f"pairs of the embedded family's training side, keyed by (seed {config.seed}, step, sample)",
+        )  # fmt: skip
+        log = _Log(config, first, tracker)
+        _train(config, trainer, Batches(config, tokenizer), log, first)
+        save_model(config.out / "model", trainer.state(), model_config, tokenizer)
+        draw_curves(config.out / "curve.png", {"pretrain": log.rows}, PRETRAIN_PANELS)
+        tracker.log_figure("curve", config.out / "curve.png", step=config.steps)
+        log_checkpoint(
+            tracker, config.out / "model", name="pretrained", input_example=draw_pair(generator("example", config.seed))[0],
+            metrics={"checkpoint/nll_per_token": log.rows[-1]["nll_per_token"]}, policy=DecodePolicy(), step=config.steps,
+        )  # fmt: skip
+    print(f"wrote {config.out / 'model'}", flush=True)
 
 
 def _train(config: PretrainConfig, trainer: TrainerGroup, batches: Batches, log: _Log, first: int) -> None:
@@ -165,7 +175,9 @@ def _checkpoint(config: PretrainConfig, trainer: TrainerGroup, step: int) -> Non
 
 
 def _fingerprint(config: PretrainConfig) -> str:
-    return config.model_copy(update={"out": Path(), "resume": True, "tracking_uri": None}).model_dump_json()
+    # Where a run is recorded is no part of what it computes.
+    untracked = {"tracking_uri": None, "require_tracking": True, "experiment": ""}
+    return config.model_copy(update={"out": Path(), "resume": True, **untracked}).model_dump_json()
 
 
 class _Log:

@@ -13,7 +13,8 @@ import mlflow
 from pydantic import ValidationError
 
 from fewstep.kernels.model.checkpoint import load_model, state_checksum
-from fewstep.platform.errors import RequestError
+from fewstep.platform.errors import CheckpointError, RequestError
+from fewstep.platform.mlflow_registry import referenced_folder
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
 
@@ -25,10 +26,16 @@ class FewstepModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined,misc
     """
 
     def load_context(self, context: Any) -> None:
-        """Loads the weights. Raises CheckpointError when a file is missing or corrupt."""
+        """Loads the weights. Raises CheckpointError when a file is missing, corrupt or another than was logged."""
         from fewstep.actors.engine.engine import Engine
 
-        folder = Path(context.artifacts["model"])
+        # A checkpoint's weights stay in its run's folder; a registered version has its own copy.
+        if reference := context.model_config.get("weights"):
+            folder = referenced_folder("checkpoint", reference)
+        elif "model" in context.artifacts:
+            folder = Path(context.artifacts["model"])
+        else:  # while it is packed, MLflow runs the example
+            raise CheckpointError("model", "code without weights", "a logged model", "load it from the store")
         model, tokenizer = load_model(folder)
         weights = WeightVersion("registry", 0, state_checksum(model.state_dict()))
         self._tokenizer = tokenizer

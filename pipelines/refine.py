@@ -24,10 +24,12 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.estimators import Terms, clean_rows
 from fewstep.pipelines.objectives.credit import Credit, RefineObjective
+from fewstep.pipelines.rollout_samples import CREDIT, EXTRACT, GENERATE, VERIFY, log_traces, spread
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.tasks.family import draw_specification
 from fewstep.platform.records import DecodePolicy, Rollout, Task, Trajectory, Verdict, WeightVersion
 from fewstep.platform.rng import derive_seed, generator
+from fewstep.platform.rollout_trace import Window
 from fewstep.platform.tracking import Tracker
 from fewstep.platform.trajectories import write_rollouts
 
@@ -85,25 +87,31 @@ def refine(
         policy = rollout_policy(config, progress.threshold)
         tasks = draw_tasks(config.seed, progress.step, config.prompts_per_step)
         trajectories = workers.generate(make_requests(config, tokenizer, tasks, policy, progress.step))
-        clock.lap("perf/generate_seconds")
+        clock.lap(GENERATE)
         texts = [decode(tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
         jobs = [(tasks[i // config.group_size], text) for i, text in enumerate(texts)]
+        clock.lap(EXTRACT)
         verdicts = workers.verify(jobs)
-        clock.lap("perf/verify_seconds")
+        clock.lap(VERIFY)
         credits = give_credit(config, objective, jobs, trajectories, verdicts, done)
+        clock.lap(CREDIT)
         write_rollouts(
             config.out / "rollouts" / f"step_{progress.step:05d}.parquet",
             [replace(c.rollout, reward=c.reward, advantage=c.advantage) for c in credits],
             {"step": progress.step, "threshold": progress.threshold},
         )
         metrics = train(config, model, objective, workers.trainer, credits, progress.step, done)
-        clock.lap("perf/train_seconds")
+        clock.lap("train")
         version = WeightVersion(tracker.run_id, progress.step + 1, "")
         metrics |= workers.push(workers.trainer.state(), version)
-        clock.lap("perf/push_seconds")
-        metrics |= rollout_metrics(credits) | clock.laps | {"rollout/threshold": progress.threshold}
+        clock.lap("push")
+        metrics |= rollout_metrics(credits) | clock.seconds() | {"rollout/threshold": progress.threshold}
+        log_traces(
+            tracker, {task.task_id: task.prompt for task in tasks}, credits, clock.windows, seed=config.seed,
+            step=progress.step, count=config.traces_per_step,
+        )  # fmt: skip
         advance(config, progress, metrics, time.monotonic() - started)
-        tracker.log_metrics(metrics, progress.step)
+        tracker.log_metrics(metrics | spread(credits), progress.step)
         report_step(config, progress, metrics)
         if progress.step % config.checkpoint_every == 0:
             checkpoint(progress)
@@ -278,13 +286,18 @@ def report_step(config: RefineConfig, progress: Progress, metrics: Metrics) -> N
 
 
 class _Clock:
-    """Seconds between laps."""
+    """The stages of a step, one after the other without a gap."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic()
-        self.laps: Metrics = {}
+        self._last = time.time_ns()
+        self.windows: dict[str, Window] = {}
 
     def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = now - self._last
+        """Everything since the last lap was this stage."""
+        now = time.time_ns()
+        self.windows[name] = Window(self._last, now)
         self._last = now
+
+    def seconds(self) -> Metrics:
+        """`perf/NAME_seconds` of each stage."""
+        return {f"perf/{name}_seconds": window.seconds for name, window in self.windows.items()}

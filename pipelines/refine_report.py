@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.pipelines.figures import Panel, draw_curves, draw_frontier, draw_steps_histogram
-from fewstep.pipelines.film_strip import Strip, draw_film_strips, token_texts
 from fewstep.pipelines.frontier import (
     Speedup,
     accuracy_under_parallelism,
@@ -20,22 +20,27 @@ from fewstep.pipelines.frontier import (
     speedup_record,
 )
 from fewstep.pipelines.frontier_table import comparison_table
+from fewstep.pipelines.paired_answers import paired_answers
+from fewstep.pipelines.promote import promote
+from fewstep.pipelines.promotion import CANDIDATE, CHAMPION, standing_facts
 from fewstep.pipelines.publish import publish_model
 from fewstep.pipelines.refine import Progress
+from fewstep.pipelines.rollout_samples import sample_table
+from fewstep.pipelines.run_cost import run_cost
+from fewstep.pipelines.run_figures import draw_films, draw_run
+from fewstep.pipelines.run_findings import answers_to_questions
+from fewstep.pipelines.run_record import folder_record
+from fewstep.pipelines.run_report import write_report
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.tasks.family import Specification
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
+from fewstep.platform.errors import UserError
+from fewstep.platform.mlflow_store import shown_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout
-from fewstep.platform.trajectories import read_rollouts
+from fewstep.platform.trajectories import describe_rollouts, read_rollouts, write_rollouts
 
-FIGURES = ("frontier", "curves", "steps", "film")
-REFINE_PANELS = (
-    Panel("reward/pass_rate", "share of rollouts that pass"),
-    Panel("rollout/forwards_per_answer", "forwards per rollout"),
-    Panel("rollout/tokens_per_forward", "tokens per forward (TPF)"),
-    Panel("rollout/threshold", "the sampler's confidence threshold"),
-)
+HELD_OUT = "family-held-out"
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,13 @@ class RefineResult:
     report: dict[str, Any]
 
 
-def _report(before: list[FrontierPoint], after: list[FrontierPoint], progress: Progress) -> dict[str, Any]:
+def _report(
+    config: RefineConfig, before: list[FrontierPoint], after: list[FrontierPoint], progress: Progress
+) -> dict[str, Any]:
     speedup = compare(before, after)
     best = 100.0 * max(point.pass_at_1 for point in (*before, *after))
     return {
+        "kind": "refine",
         **speedup_record(speedup),
         "frontier_before": [point_record(point) for point in before],
         "frontier_after": [point_record(point) for point in after],
@@ -65,6 +73,7 @@ def _report(before: list[FrontierPoint], after: list[FrontierPoint], progress: P
         "steps": progress.step,
         "machine": machine_info(),
         "commit": git_commit(),
+        "settings": config.model_dump(mode="json"),
     }
 
 
@@ -77,36 +86,39 @@ def conclude(
     progress: Progress,
     extra: dict[str, Any],
 ) -> RefineResult:
-    """Files, figures, MLflow and the registry, from what was measured; `extra` goes into the report as it is."""
+    """Files, figures, MLflow and the registry, from what was measured.
+
+    Args:
+        extra: goes into the report as it is; `total_seconds` and `data` are read from it.
+    """
     speedup, out = compare(before, after), config.out
     table = comparison_table(before, after, speedup)
     atomic_write_text(out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in progress.history))
-    served = speedup.after or after[0]
+    served = speedup.after or _same_policy(after, speedup.before)
     # A model that lost the bar, or is slower at it, must not become what others serve.
     held = speedup.speedup_forwards is not None and speedup.speedup_forwards >= 1.0
-    _draw(config, tokenizer, before, after, served, progress)
-    for name in FIGURES:
+    answers = {"before": _kept(out, "before", speedup.before), "after": _kept(out, "after", served)}
+    policies = {"before": speedup.before.policy.label(), "after": served.policy.label()}
+    figures = draw_run(out, config.objective, progress.history, before, after, speedup, answers)
+    block_size = ModelConfig.load(out / "model").block_size
+    figures += draw_films(out, answers, policies, tokenizer, block_size)
+    for name in figures:
         tracker.log_figure(name, out / f"{name}.png", step=progress.step)
-    tracker.log_artifact(out / "trajectories", "trajectories")
-    tracker.log_artifact(out / "rollouts", "rollouts")
-    summary = _summary(speedup, served)
+    _log_rollouts(config, tracker, answers)
     tracker.log_metrics(_measured(speedup.before), step=0)
-    tracker.log_metrics(summary, progress.step)
-    uri = publish_model(
-        tracker,
-        out / "model",
-        name=config.register_as,
-        alias="champion" if held else "candidate",
-        metrics=summary,
-        input_example=Specification.parse(_kept(out, "after", served)[0].task_id).prompt,
-        policy=served.policy,
-        step=progress.step,
-        dataset="family-held-out",
+    uri = _registered(config, tracker, before, after, served, progress.step, extra["data"]["held_out"])
+    uri = _promoted(config, tracker, uri) if held else uri
+    report = {**_report(config, before, after, progress), **extra, "held_bar": held, "policies": policies}
+    report["cost"] = run_cost(
+        progress.history, config.prompts_per_step * config.group_size, extra["total_seconds"]
     )
-    report = {**_report(before, after, progress), **extra, "held_bar": held}
-    report["mlflow"] = {"tracking_uri": tracker.uri, "run_id": tracker.run_id, "model_uri": uri}
+    report["significance"] = paired_answers(answers["before"], answers["after"], "refine")
+    report["figures"] = figures
+    report["mlflow"] = {"tracking_uri": shown_uri(tracker.uri), "run_id": tracker.run_id, "model_uri": uri}
     atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-    tracker.log_artifact(out / "report.json")
+    for name in ("report.json", "history.jsonl"):
+        tracker.log_artifact(out / name)
+    _tell(tracker, out)
     print(f"\n{table}\n", flush=True)
     return RefineResult(
         model=out / "model",
@@ -121,33 +133,85 @@ def conclude(
     )
 
 
-def _draw(
+def _registered(
     config: RefineConfig,
-    tokenizer: Tokenizer,
+    tracker: MlflowTracker,
     before: list[FrontierPoint],
     after: list[FrontierPoint],
     served: FrontierPoint,
-    progress: Progress,
-) -> None:
-    """The four figures: the frontiers, the curves, the forwards per answer, and one answer's film before and after."""
-    speedup, out = compare(before, after), config.out
-    draw_frontier(out / "frontier.png", before, after, speedup=speedup)
-    draw_curves(out / "curves.png", {config.objective: progress.history}, REFINE_PANELS)
-    rollouts = {"before": _kept(out, "before", speedup.before), "after": _kept(out, "after", served)}
-    draw_steps_histogram(
-        out / "steps.png", *([rollout.trajectory for rollout in rollouts[name]] for name in rollouts)
+    step: int,
+    data: str,
+) -> str:
+    """The address of the candidate that the refined model becomes, or its folder while the store is away."""
+    speedup = compare(before, after)
+    return publish_model(
+        tracker,
+        config.out / "model",
+        name=config.register_as,
+        alias=CANDIDATE,
+        metrics=_summary(speedup, served),
+        input_example=Specification.parse(_kept(config.out, "after", served)[0].task_id).prompt,
+        policy=served.policy,
+        step=step,
+        dataset=HELD_OUT,
+        facts=standing_facts(after, before, speedup, data),
+    )  # fmt: skip
+
+
+def _promoted(config: RefineConfig, tracker: MlflowTracker, uri: str) -> str:
+    """The address after an attempt to make the candidate champion; a candidate that is not promoted is no failure."""
+    if not uri.startswith("models:/"):
+        return uri  # the store is away; the model is registered when it is back
+    try:
+        result = promote(uri, tracker.uri)
+    except UserError as error:
+        print(f"{uri} stays a candidate: {error}", flush=True)
+        return uri
+    if not result.promoted:
+        reasons = "; ".join(result.judgement.reasons) or "it is nowhere better"
+        print(f"{uri} stays a candidate, the champion keeps its place: {reasons}", flush=True)
+        return uri
+    return f"models:/{config.register_as}@{CHAMPION}"
+
+
+def _log_rollouts(config: RefineConfig, tracker: MlflowTracker, answers: Mapping[str, list[Rollout]]) -> None:
+    """Rollouts by reference: an index of the files with their digests; the compared held-out answers as files; and a
+    table of a few of each step."""
+    out = config.out
+    files = [*(out / "rollouts").glob("*.parquet"), *(out / "trajectories").glob("*.parquet")]
+    index = describe_rollouts(files, out)
+    atomic_write_text(
+        out / "trajectories.json", json.dumps({"folder": str(out.resolve()), "files": index}, indent=1) + "\n"
     )
-    block_size = ModelConfig.load(out / "model").block_size
-    strips = [
-        Strip(
-            f"{name} refinement, {chosen.policy.label()}: {own[0].trajectory.num_tokens} tokens in "
-            f"{own[0].trajectory.forwards} forwards, {own[0].verdict.outcome}",
-            own[0].trajectory,
-            token_texts(tokenizer, own[0].trajectory),
-        )
-        for (name, own), chosen in zip(rollouts.items(), (speedup.before, served), strict=True)
-    ]
-    draw_film_strips(out / "film.png", strips, block_size)
+    tracker.log_artifact(out / "trajectories.json")
+    for when, rollouts in answers.items():
+        path = out / "answers" / f"{when}.parquet"
+        prompts = {own.task_id: Specification.parse(own.task_id).prompt for own in rollouts}
+        facts = {"model": when, "policy": rollouts[0].trajectory.policy.label(), "prompts": prompts}
+        write_rollouts(path, rollouts, facts)
+        tracker.log_artifact(path, "answers")
+    trained = [entry for entry in index if entry["path"].startswith("rollouts/")]
+    if trained:
+        digest = hashlib.sha256("".join(entry["sha256"] for entry in trained).encode()).hexdigest()
+        tracker.log_dataset(
+            "rollouts", digest=digest, context="training", source=str((out / "rollouts").resolve()),
+            profile={"num_files": len(trained), "num_rows": sum(entry["rows"] for entry in trained)},
+        )  # fmt: skip
+        tracker.log_table("samples", sample_table(out / "rollouts", config.seed))
+
+
+def _tell(tracker: MlflowTracker, out: Path) -> None:
+    """The answers to a reader's questions at the top of the run's page, and the whole report among its files."""
+    record = folder_record(out)
+    write_report(record, out)
+    lines = [f"**{question}** {answer}" for question, answer in answers_to_questions(record)]
+    tracker.set_tags({"mlflow.note.content": "\n\n".join(lines)})
+    tracker.log_artifact(out / "report.html")
+
+
+def _same_policy(points: list[FrontierPoint], wanted: FrontierPoint) -> FrontierPoint:
+    """The point of the same policy; a frontier is measured at the same ones before and after."""
+    return next(point for point in points if point.policy == wanted.policy)
 
 
 def _kept(out: Path, name: str, point: FrontierPoint) -> list[Rollout]:

@@ -64,7 +64,11 @@ class PretrainConfig(Config):
     resume: bool = True
     """Go on from the newest checkpoint in `out`; the configuration must be the same."""
     tracking_uri: str | None = None
-    """MLflow store; None = a sqlite file in `out`."""
+    """MLflow store; None = MLFLOW_TRACKING_URI, else runs/mlflow.db."""
+    require_tracking: bool = True
+    """Refuse to start while the store does not answer; false = start, and deliver the records later."""
+    experiment: str = "fewstep"
+    """MLflow experiment; made when missing."""
     model: ModelSize = ModelSize()
     trainer: TrainerSettings = TrainerSettings(
         precision="bf16", compiled=True, weight_decay=0.01, ema_decay=0.998, micro_rows=4096
@@ -161,14 +165,22 @@ class RefineConfig(Config):
     num_eval_tasks: int = Field(default=500, ge=1)
     """Distinct held-out specifications the frontier is measured on, before and after."""
     checkpoint_every: int = Field(default=20, ge=1)
+    """Steps between two checkpoints; each is a logged model with its metrics."""
+    keep_models: int = Field(default=2, ge=1)
+    """Checkpoints whose weights stay in `out`/models, the newest ones."""
+    traces_per_step: int = Field(default=1, ge=0)
+    """Rollouts of a step, drawn at random, that are traced stage by stage; 0 = none."""
     resume: bool = True
     """Go on from the checkpoint in `out`; the configuration must be the same."""
     tracking_uri: str | None = None
-    """MLflow store; None = a sqlite file in `out`."""
+    """MLflow store; None = MLFLOW_TRACKING_URI, else runs/mlflow.db."""
+    require_tracking: bool = True
+    """Refuse to start while the store does not answer; false = start, and deliver the records later."""
     experiment: str = "fewstep"
+    """MLflow experiment; made when missing."""
     register_as: str = "fewstep-tiny"
-    """Name in the model registry; the refined model gets the alias `champion`, or `candidate` if it
-    did not hold the unrefined model's bar."""
+    """Name in the model registry. The refined model becomes its `candidate`, and `champion` at once if it holds the
+    unrefined model's bar and no champion is better anywhere (`fewstep promote`)."""
 
     @property
     def total_cpus(self) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fewstep.platform.errors import ResourceError
+from fewstep.platform.errors import CheckpointError, ResourceError
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +81,21 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weights' files of a model folder, in the order of their names; of one file, the file's own.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            str(folder), "no *.safetensors", "a model folder", "check the path, or write the model first"
+        )
+    digests = [file_digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def git_commit() -> str:

@@ -64,7 +64,7 @@ def load_config(cls: type[ConfigT], path: Path | None, overrides: Sequence[str])
     Raises:
         ConfigError: unreadable file, unknown key (names the nearest one), or a value of the wrong kind.
     """
-    tree = _merge(cls, _section_defaults(cls), _read_mapping(path) if path is not None else {})
+    tree = _merge(cls, _section_defaults(cls), read_mapping(path) if path is not None else {})
     for override in overrides:
         _apply_override(tree, override)
     try:
@@ -115,7 +115,8 @@ def _parse_yaml(text: str, field: str) -> Any:
         ) from error
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file with a mapping at its root. Raises ConfigError, with the place of the mistake."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,70 +1,126 @@
-"""Models in MLflow: a folder becomes a logged model and a registered version, and an alias becomes a folder again."""
+"""Addresses in MLflow's registry: an alias, a version or a logged model becomes a folder again."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
-import time
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.platform.artifacts import atomic_folder
+from fewstep.platform.artifacts import atomic_folder, weights_digest
 from fewstep.platform.errors import CheckpointError, ConfigError
-from fewstep.platform.mlflow_store import import_mlflow, open_client, reporting, source_tags
-from fewstep.platform.tracking import TrackedModel
+from fewstep.platform.mlflow_models import ARTIFACT, WEIGHTS
+from fewstep.platform.mlflow_store import import_mlflow, open_client, reporting, shown_uri
 
 # models:/NAME@ALIAS, models:/NAME/VERSION or models:/m-LOGGED_MODEL_ID
 _URI = re.compile(
     r"models:/(?:(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))|(?P<model_id>m-[0-9a-f]+))"
 )
-_ARTIFACT = "model"
 
 
-def register(
-    client: Any, uri: str, experiment_id: str, run_id: str, model: TrackedModel, *, dataset_digest: str = ""
-) -> str:
-    """Logs `model` under a run, registers a new version and moves the alias; returns `models:/NAME@ALIAS`.
+@dataclass(frozen=True)
+class FoundModel:
+    """What an address meant when it was looked up.
 
-    Raises:
-        CheckpointError: the model folder does not exist.
-        ResourceError: the store failed; a logged model that was begun is marked FAILED and gets no version.
+    Attributes:
+        address: `models:/NAME/VERSION` or `models:/m-ID`: unlike an alias, it means the same thing tomorrow.
+        folder: config.json, safetensors, tokenizer.json.
+        packed: the folder of the MLflow model, with its MLmodel file.
     """
-    if not Path(model.folder).is_dir():
-        raise CheckpointError(str(model.folder), "no such folder", "a model folder", "write the model first")
-    with reporting(uri):
-        logged = client.create_logged_model(
-            experiment_id, name=model.name, source_run_id=run_id, model_type="diffusion-lm",
-            params=_model_params(model), tags=_model_tags(model),
-        )  # fmt: skip
-        try:
-            with tempfile.TemporaryDirectory(prefix="fewstep-model-") as scratch:
-                packed = Path(scratch) / "packed"
-                _pack(packed, model, logged, run_id)
-                client.log_model_artifacts(logged.model_id, str(packed))
-        except BaseException:
-            client.finalize_logged_model(logged.model_id, "FAILED")
-            raise
-        client.finalize_logged_model(logged.model_id, "READY")
-        _link(client, run_id, logged.model_id, model, dataset_digest)
-        _publish(client, run_id, logged, model)
-    return model.uri
+
+    address: str
+    folder: Path
+    packed: Path
 
 
-def mlflow_model_folder(model_uri: str, tracking_uri: str) -> Path:
-    """The local model folder behind `models:/NAME@ALIAS` (or `models:/NAME/VERSION`, `models:/m-ID`).
+def find_model(model_uri: str, tracking_uri: str) -> FoundModel:
+    """Looks an address up once; whoever keeps the answer is not touched by an alias that moves.
 
     Artifacts on this machine are used where they lie. Those of a remote store are fetched once into
     `$XDG_CACHE_HOME/fewstep/models`, by their location, whose content never changes.
 
     Raises:
-        ConfigError: not such an address, no such model or alias (names those there are), no such store.
-        CheckpointError: the store knows the model, but its files are gone.
+        ConfigError: not such an address, no such model, version or alias (names those there are), no such store.
+        CheckpointError: the store knows the model, but its files are gone, or no longer what they were.
         ResourceError: the store does not answer.
     """
+    address, location = _look_up(model_uri, tracking_uri)
+    packed = _local_copy(location, tracking_uri)
+    return FoundModel(address, _weights_folder(model_uri, packed), packed)
+
+
+def mlflow_model_folder(model_uri: str, tracking_uri: str) -> Path:
+    """The folder of `find_model`."""
+    return find_model(model_uri, tracking_uri).folder
+
+
+def model_facts(model_uri: str, tracking_uri: str) -> tuple[str, dict[str, Any]]:
+    """The address that does not move, and what was measured of the model when it was registered: `step`, `dataset` and
+    the facts of its `TrackedModel`. Nothing but its MLmodel file is fetched.
+
+    Raises:
+        UserError: as `find_model` does.
+    """
+    artifacts, models = import_mlflow("mlflow.artifacts"), import_mlflow("mlflow.models")
+    address, location = _look_up(model_uri, tracking_uri)
+    with reporting(tracking_uri), tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = artifacts.download_artifacts(
+                artifact_uri=f"{location.rstrip('/')}/MLmodel", dst_path=scratch, tracking_uri=tracking_uri
+            )
+        except FileNotFoundError as error:
+            raise _files_gone(model_uri, location) from error
+        return address, dict(models.Model.load(path).metadata or {})
+
+
+def alias_address(name: str, alias: str, tracking_uri: str) -> str | None:
+    """`models:/NAME/VERSION` of an alias; None where the model has no such alias.
+
+    Raises:
+        ConfigError: no such model (names those there are), or no such store.
+        ResourceError: the store does not answer.
+    """
+    client, exceptions = open_client(tracking_uri, create=False), import_mlflow("mlflow.exceptions")
+    with reporting(tracking_uri):
+        try:
+            aliases: dict[str, str] = client.get_registered_model(name).aliases
+        except exceptions.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise _unknown(client, tracking_uri, f"models:/{name}") from error
+    return f"models:/{name}/{aliases[alias]}" if alias in aliases else None
+
+
+def model_run(model_uri: str, tracking_uri: str) -> str:
+    """The id of the run that made a model. Raises as `find_model` does."""
+    client = open_client(tracking_uri, create=False)
+    address, _ = _look_up(model_uri, tracking_uri)
+    parts = _URI.fullmatch(address)
+    assert parts is not None
+    with reporting(tracking_uri):
+        if parts["model_id"]:
+            return str(client.get_logged_model(parts["model_id"]).source_run_id)
+        return str(client.get_model_version(parts["name"], parts["version"]).run_id)
+
+
+def move_alias(address: str, alias: str, tracking_uri: str, tags: Mapping[str, str]) -> None:
+    """Points an alias at `models:/NAME/VERSION` and notes on that version why. Raises as `alias_address` does."""
+    parts = _URI.fullmatch(address)
+    if parts is None or not parts["version"]:
+        raise ValueError(f"{address} is not the address of a version")
+    client = open_client(tracking_uri, create=False)
+    with reporting(tracking_uri):
+        for key, value in tags.items():
+            client.set_model_version_tag(parts["name"], parts["version"], key, value)
+        client.set_registered_model_alias(parts["name"], alias, parts["version"])
+
+
+def _look_up(model_uri: str, tracking_uri: str) -> tuple[str, str]:
+    """The address that does not move, and where the artifacts lie."""
     parts = _URI.fullmatch(model_uri)
     if parts is None:
         raise ConfigError(
@@ -73,133 +129,38 @@ def mlflow_model_folder(model_uri: str, tracking_uri: str) -> Path:
         )  # fmt: skip
     client = open_client(tracking_uri, create=False)
     with reporting(tracking_uri):
-        location = _location(client, tracking_uri, parts, model_uri)
-    packed = _local_copy(location, tracking_uri)
-    folder = _weights_folder(packed)
-    if folder is None:
-        raise CheckpointError(
-            model_uri, f"no model folder at {packed}", "the files this store registered",
-            "put them back (artifact paths are absolute: a moved run folder loses them), or register the model again",
-        )  # fmt: skip
-    return folder
+        return _location(client, tracking_uri, parts, model_uri)
 
 
-def _model_params(model: TrackedModel) -> dict[str, str]:
-    return {"step": str(model.step), "max_tokens": str(model.max_tokens), **{
-        f"policy.{key}": str(value) for key, value in model.policy.model_dump().items()
-    }}  # fmt: skip
-
-
-def _model_tags(model: TrackedModel) -> dict[str, str]:
-    return {"mlflow.note.content": _description(model), **source_tags()}
-
-
-def _pack(packed: Path, model: TrackedModel, logged: Any, run_id: str) -> None:
-    """Writes the MLflow model: code, weights, signature, example, pinned requirements."""
-    pyfunc, models = import_mlflow("mlflow.pyfunc"), import_mlflow("mlflow.models")
-    pyfunc.save_model(
-        path=str(packed),
-        python_model=str(model.code),
-        artifacts={_ARTIFACT: str(Path(model.folder).resolve())},
-        input_example=([model.input_example], call_defaults(model)),
-        model_config={"policy": model.policy.model_dump(mode="json"), "max_tokens": model.max_tokens},
-        pip_requirements=[f"{name}=={_public_version(name)}" for name in model.requirements],
-        mlflow_model=models.Model(
-            artifact_path=logged.artifact_location,
-            model_uuid=logged.model_id,
-            model_id=logged.model_id,
-            run_id=run_id,
-        ),
-    )
-
-
-def call_defaults(model: TrackedModel) -> dict[str, Any]:
-    """What `predict(prompts, params=...)` accepts, with the value each has when it is not given."""
-    number = "threshold" if model.policy.kind == "threshold" else "tokens_per_step"
-    return {
-        "max_tokens": model.max_tokens,
-        number: getattr(model.policy, number),
-        "temperature": model.policy.temperature,
-        "seed": model.policy.seed,
-    }
-
-
-def _public_version(name: str) -> str:
-    # A local part (2.13.0+cpu) names one build for one device; no index offers it under that name.
-    return version(name).partition("+")[0]
-
-
-def _link(client: Any, run_id: str, model_id: str, model: TrackedModel, dataset_digest: str) -> None:
-    """Ties the model to its run, and the metrics to the model and the data they were measured on."""
-    entities = import_mlflow("mlflow.entities")
-    client.log_outputs(run_id, [entities.LoggedModelOutput(model_id, step=model.step)])
-    now = int(time.time() * 1000)
-    client.log_batch(
-        run_id,
-        metrics=[
-            entities.Metric(
-                key, float(value), now, model.step,
-                model_id=model_id, dataset_name=model.dataset or None, dataset_digest=dataset_digest or None,
-            )
-            for key, value in model.metrics.items()
-        ],
-    )  # fmt: skip
-
-
-def _publish(client: Any, run_id: str, logged: Any, model: TrackedModel) -> None:
-    exceptions = import_mlflow("mlflow.exceptions")
-    try:
-        client.create_registered_model(
-            model.name, description="Block-diffusion language models made by Fewstep."
-        )
-    except exceptions.MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    scores = {key: f"{value:.6g}" for key, value in model.metrics.items()}
-    made = client.create_model_version(
-        # Not models:/ID: a database registry would look that id up in the process's global store. A server
-        # accepts the location only together with the model it belongs to; neither keeps the id, hence the tag.
-        model.name, source=logged.artifact_location, run_id=run_id, model_id=logged.model_id,
-        description=_description(model), tags={"logged_model": logged.model_id, "step": str(model.step), **scores},
-    )  # fmt: skip
-    # What MLflow's own register_model leaves, so that the logged model's page shows its versions.
-    versions = json.dumps([{"name": made.name, "version": made.version}])
-    client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": versions})
-    client.set_registered_model_alias(model.name, model.alias, made.version)
-
-
-def _description(model: TrackedModel) -> str:
-    return (
-        f"Block-diffusion language model after training step {model.step}; "
-        f"answers by default with policy {model.policy.label()}, at most {model.max_tokens} tokens.\n\n"
-        f"    mlflow.pyfunc.load_model({model.uri!r}).predict([prompt])\n\n"
-        f"    fewstep serve --model {model.uri}\n"
-    )
-
-
-def _location(client: Any, uri: str, parts: re.Match[str], model_uri: str) -> str:
-    """Where the artifacts of a logged model or of a registered version lie."""
+def _location(client: Any, uri: str, parts: re.Match[str], model_uri: str) -> tuple[str, str]:
+    """The address that does not move, and where the artifacts of the logged model or registered version lie."""
     exceptions = import_mlflow("mlflow.exceptions")
     name, number = parts["name"], parts["version"]
     try:
         if parts["model_id"]:
-            return str(client.get_logged_model(parts["model_id"]).artifact_location)
+            return model_uri, str(client.get_logged_model(parts["model_id"]).artifact_location)
         if parts["alias"]:
             number = client.get_model_version_by_alias(name, parts["alias"]).version
-        return str(client.get_model_version_download_uri(name, number))
+        return f"models:/{name}/{number}", str(client.get_model_version_download_uri(name, number))
     except exceptions.MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        known = _known_models(client)
-        allowed = f"one of {known}" if known else f"a registered model; {uri} has none"
-        raise ConfigError(
-            "model", f"{model_uri}, which is not there", allowed, "name one, or a model folder"
-        ) from error
+        raise _unknown(client, uri, model_uri) from error
+
+
+def _unknown(client: Any, uri: str, model_uri: str) -> ConfigError:
+    known = _known_models(client)
+    allowed = f"one of {known}" if known else f"a registered model; {shown_uri(uri)} has none"
+    return ConfigError("model", f"{model_uri}, which is not there", allowed, "name one, or a model folder")
 
 
 def _known_models(client: Any) -> list[str]:
-    found = client.search_registered_models(max_results=100)
-    return [f"models:/{model.name}@{alias}" for model in found for alias in sorted(model.aliases)]
+    known = []
+    for model in client.search_registered_models(max_results=100):
+        known += [f"models:/{model.name}@{alias}" for alias in sorted(model.aliases)]
+        versions = client.search_model_versions(f"name = '{model.name}'", max_results=10)
+        known += [f"models:/{model.name}/{found.version}" for found in versions]
+    return known
 
 
 def _local_copy(location: str, tracking_uri: str) -> Path:
@@ -221,10 +182,47 @@ def _local_copy(location: str, tracking_uri: str) -> Path:
     return cache / "packed"
 
 
-def _weights_folder(packed: Path) -> Path | None:
-    """The model folder inside an MLflow model; None when its files are not there."""
-    if not (packed / "MLmodel").is_file():
-        return None
-    flavor = import_mlflow("mlflow.models").Model.load(str(packed)).flavors["python_function"]
-    folder = packed / flavor["artifacts"][_ARTIFACT]["path"]
-    return folder if folder.is_dir() else None
+def _weights_folder(model_uri: str, packed: Path) -> Path:
+    """The model folder of an MLflow model: inside it, or where a checkpoint's weights were left."""
+    flavor: dict[str, Any] = {}
+    if (packed / "MLmodel").is_file():
+        flavor = import_mlflow("mlflow.models").Model.load(str(packed)).flavors["python_function"]
+    reference = (flavor.get("config") or {}).get(WEIGHTS)
+    if reference is not None:
+        return referenced_folder(model_uri, reference)
+    folder = packed / flavor["artifacts"][ARTIFACT]["path"] if flavor else packed
+    if not flavor or not folder.is_dir():
+        raise _files_gone(model_uri, str(packed))
+    return folder
+
+
+def _files_gone(model_uri: str, location: str) -> CheckpointError:
+    return CheckpointError(
+        model_uri, f"no model folder at {location}", "the files this store registered",
+        "put them back (artifact paths are absolute: a moved run folder loses them), or register the model again",
+    )  # fmt: skip
+
+
+def referenced_folder(model_uri: str, reference: Mapping[str, str]) -> Path:
+    """The folder a checkpoint's weights were left in.
+
+    Args:
+        model_uri: what the user calls the model.
+        reference: `folder`, and the `sha256` of its weights when they were logged.
+    Raises:
+        CheckpointError: they are gone, or others are in their place.
+    """
+    folder = Path(reference["folder"])
+    try:
+        found = weights_digest(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            model_uri, f"no weights at {folder}", "a checkpoint that its run still keeps",
+            "name a newer checkpoint, or a registered version, which has a copy of its own",
+        ) from error  # fmt: skip
+    if found != reference["sha256"]:
+        raise CheckpointError(
+            model_uri, f"other weights at {folder} than were logged", "the weights of that checkpoint",
+            "name a registered version, which has a copy of its own",
+        )  # fmt: skip
+    return folder

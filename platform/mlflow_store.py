@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import importlib
 import logging
 import os
@@ -17,23 +18,49 @@ from urllib.parse import urlsplit
 from fewstep.platform.artifacts import git_commit
 from fewstep.platform.errors import ConfigError, ResourceError
 
+PROJECT_STORE = "sqlite:///runs/mlflow.db"
+"""Where the runs of a project are kept unless it says otherwise; relative to the folder a command is given in."""
+
 _QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow's own patience, seven tries of two minutes, would hide an outage for a quarter of an hour.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 # These announce on stderr each schema migration of a new store, each sampler, model example and version.
 _CHATTY_LOGGERS = (
     "alembic",
-    "mlflow.models.signature",
-    "mlflow.store.db.utils",
     "mlflow.store.model_registry.abstract_store",
-    "mlflow.system_metrics.system_metrics_monitor",
 )
+# The first writes a page for each failed statement; the failure itself is raised and told in one line. The second
+# warns that an example did not run, which mlflow_models.py sees to.
+_SHOUTING_LOGGERS = ("mlflow.store.db.utils", "mlflow.models.signature")
 _CONNECT_TIMEOUT_S = 3.0
 
 HOST_TAG, PID_TAG, STARTED_TAG = "fewstep.host", "fewstep.pid", "fewstep.pid_started"
+
+
+def project_uri(given: str | None) -> str:
+    """The store a command means: the one it was given, else MLFLOW_TRACKING_URI, else the project's."""
+    return absolute_uri(given or os.environ.get("MLFLOW_TRACKING_URI", "") or PROJECT_STORE)
+
+
+def spool_root(uri: str) -> Path:
+    """Where runs keep what a store has not taken: beside a sqlite file, under `runs/` for any other store."""
+    file = sqlite_file(uri)
+    parent = file.parent if file is not None else Path("runs").resolve()
+    return parent / "spool" / hashlib.sha256(uri.encode()).hexdigest()[:12]
+
+
+def shown_uri(uri: str) -> str:
+    """The address for messages and reports: without a password."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return uri.replace(f":{parts.password}@", ":***@", 1)
 
 
 def sqlite_uri(folder: Path) -> str:
@@ -59,6 +86,8 @@ def import_mlflow(name: str = "mlflow") -> Any:
     module = importlib.import_module(name)
     for logger in _CHATTY_LOGGERS:
         logging.getLogger(logger).setLevel(logging.WARNING)
+    for logger in _SHOUTING_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     return module
 
 
@@ -90,7 +119,7 @@ def open_client(uri: str, *, create: bool) -> Any:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _store_error(uri, error) from error
+        raise store_error(uri, error) from error
     with reporting(uri):
         client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
@@ -105,13 +134,17 @@ def reporting(uri: str) -> Iterator[None]:
         yield
     # requests' errors are OSErrors.
     except (mlflow.exceptions.MlflowException, database.SQLAlchemyError, OSError) as error:
-        raise _store_error(uri, error) from error
+        raise store_error(uri, error) from error
 
 
-def _store_error(uri: str, error: Exception) -> ResourceError:
+def store_error(uri: str, error: Exception) -> ResourceError:
+    """What a failing store raised, in one line."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return ResourceError(
-        "tracking store", f"{uri}: {reason}", "a store that answers", "check the address and free space"
+        "tracking store",
+        f"{shown_uri(uri)}: {reason.replace(uri, shown_uri(uri))}",
+        "a store that answers",
+        "check the address and free space",
     )
 
 
@@ -182,12 +215,28 @@ def close_abandoned_runs(client: Any, experiment_id: str) -> list[str]:
     return closed
 
 
-def how_to_open(uri: str, port: int = 5000) -> str:
+def how_to_open(uri: str) -> str:
     """The command that shows a store in a browser."""
     if urlsplit(uri).scheme in ("http", "https"):
-        return f"open {uri}"
+        return f"open {shown_uri(uri)}"
+    if uri == project_uri(None):
+        return "fewstep ui"
+    return f"fewstep ui --tracking-uri {shown_uri(uri)}"
+
+
+def server_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """The program that serves a store's pages on loopback, and the environment it needs."""
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", uri,
+    ]  # fmt: skip
     # Job execution starts eight more processes (450 MB) for features that a run of ours does not use.
-    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --port {port} --workers 1 --backend-store-uri {uri}"
+    return command, {**_QUIET_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+
+def experiment_page(experiment_id: str) -> str:
+    """The part of the address of an experiment's runs that follows the server's."""
+    return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
 
 
 def run_page(experiment_id: str, run_id: str, page: str = "model-metrics") -> str:
@@ -204,7 +253,10 @@ def _require_listener(uri: str) -> None:
         socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ResourceError(
-            "tracking uri", f"{uri} ({error})", "a running MLflow server", "start it or correct the address"
+            "tracking uri",
+            f"{shown_uri(uri)} ({error})",
+            "a running MLflow server",
+            "start it or correct the address",
         ) from error
 
 

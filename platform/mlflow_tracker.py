@@ -1,36 +1,35 @@
-"""A run in MLflow: a sqlite store by default, a server by address, one writer.
+"""A run in MLflow: a sqlite store by default, a server by address, one writer, and no step that waits for either.
+
+Everything a job logs is an entry of an append-only spool (spool.py) that a thread brings to the store (courier.py,
+mlflow_delivery.py). A store that is away, slow or locked therefore costs the run nothing; what it has not taken when
+the run ends is delivered by the next job or command that opens it.
 
 Only the client API is used: MLflow's global active run and global tracking address stay as the caller has them.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import secrets
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fewstep.platform.artifacts import machine_info
-from fewstep.platform.errors import ResourceError
-from fewstep.platform.metric_writer import MetricPoint, MetricWriter
-from fewstep.platform.mlflow_registry import register
-from fewstep.platform.mlflow_store import (
-    absolute_uri,
-    close_abandoned_runs,
-    how_to_open,
-    import_mlflow,
-    open_client,
-    open_experiment,
-    process_tags,
-    reporting,
-    run_page,
-    source_tags,
-)
+from fewstep.platform.artifacts import weights_digest
+from fewstep.platform.courier import Courier, Refused
+from fewstep.platform.errors import CheckpointError, ResourceError
+from fewstep.platform.mlflow_delivery import Delivery
+from fewstep.platform.mlflow_leftovers import deliver_leftovers
+from fewstep.platform.mlflow_models import model_payload
+from fewstep.platform.mlflow_store import absolute_uri, how_to_open, run_page, shown_uri, spool_root
+from fewstep.platform.mlflow_traces import plain_json, trace_payload
+from fewstep.platform.rollout_trace import RolloutTrace
+from fewstep.platform.run_tags import run_tags
+from fewstep.platform.spool import Spool
+from fewstep.platform.system_metrics import SYSTEM_CLOCK, HostSampler, SystemMetrics
 from fewstep.platform.tracking import (
     DatasetContext,
     RunStatus,
@@ -43,12 +42,11 @@ from fewstep.platform.tracking import (
 
 _logger = logging.getLogger(__name__)
 
-_PARAMS_PER_CALL = 100
 _MAX_PARAM_CHARACTERS = 6000
 # MLflow takes 36 and prints all of them beside the name; 16 hexadecimal digits still tell data sets apart.
 _DIGEST_CHARACTERS = 16
-_SYSTEM_INTERVAL_S = 10.0
-_VERSIONS_SHOWN = ("torch", "ray", "deepspeed", "mlflow")
+PATIENCE_S = 20.0
+"""How long the end of a run waits for a store that takes nothing."""
 
 
 class MlflowTracker:
@@ -60,10 +58,13 @@ class MlflowTracker:
         run_name: what the run is called in lists.
         tags: added to commit, machine, versions, host and process, which are always there.
         description: Markdown, shown at the top of the run's page.
-        system_metrics: sample processor, memory, disk and network of this host every 10 s.
+        system_metrics: sample processor, memory, disk, network and GPUs of this host every 10 s.
+        key: the run's own name for itself. A run of this key in the experiment is gone on with; "" = a new run.
+        required: a store that does not answer now is an error; False = start all the same and deliver later.
+        patience_s: how long `finish` and `register_model` wait for a store that takes nothing.
     Raises:
         ConfigError: an address or experiment that cannot be used.
-        ResourceError: a store that does not answer.
+        ResourceError: a required store does not answer.
     """
 
     def __init__(
@@ -75,22 +76,62 @@ class MlflowTracker:
         tags: Mapping[str, str] | None = None,
         description: str = "",
         system_metrics: bool = True,
+        key: str = "",
+        required: bool = True,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.uri = uri = absolute_uri(uri)
-        self._client = open_client(uri, create=True)
+        self.key = key or secrets.token_hex(16)
+        self._started_ms = _now_ms()
+        self._patience_s = patience_s
         self._params: dict[str, str] = {}
         self._datasets: dict[str, str] = {}
         self._lost: list[str] = []
+        self._told: set[str] = set()  # refusals that the job knows of
         self._finished = False
-        with reporting(uri):
-            self.experiment_id = open_experiment(self._client, uri, experiment)
-            self.closed_runs = close_abandoned_runs(self._client, self.experiment_id)
-            run = self._client.create_run(
-                self.experiment_id, run_name=run_name, tags={**_run_tags(description), **(tags or {})}
+        root = spool_root(uri)
+        self._spool = Spool(root / f"{self.key[:12]}-{self._started_ms}")
+        self._delivery = Delivery(uri, self._spool)
+        self._append(
+            "run",
+            {
+                "experiment": experiment, "name": run_name, "key": self.key, "start_ms": self._started_ms,
+                "tags": run_tags(description) | dict(tags or {}),
+            },
+        )  # fmt: skip
+        self.closed_runs: list[str] = []
+        self._connect(root, required)
+        connected = bool(self._delivery.run_id)
+        self.run_id: str = self._delivery.run_id or self.key
+        self.experiment_id = self._delivery.experiment_id
+        self.resumed = self._delivery.resumed if connected else bool(key)
+        self._courier = Courier(self._spool, self._delivery)
+        first = self._delivery.last_steps.get(SYSTEM_CLOCK, -1) + 1
+        self._monitor = SystemMetrics(self.log_metrics, HostSampler(), first) if system_metrics else None
+
+    def _connect(self, root: Path, required: bool) -> None:
+        """Makes the run now if the store answers; whatever older runs still have to tell it goes first."""
+        try:
+            deliver_leftovers(self.uri, root)
+            (first,) = self._spool.pending(1)
+            self._delivery.apply([first])
+            self._spool.acknowledge(first)
+            self.closed_runs = self._delivery.closed_runs
+        except ResourceError as error:
+            if required:
+                self._discard()
+                raise
+            _logger.warning(
+                "the run starts without its store; records wait in %s: %s", self._spool.folder, error
             )
-        self.run_id: str = run.info.run_id
-        self._writer = MetricWriter(self._write_points)
-        self._monitor = _start_system_metrics(uri, self.run_id) if system_metrics else None
+        except Refused as refusal:
+            self._discard()
+            raise refusal.__cause__ or refusal from None
+
+    def _discard(self) -> None:
+        """Nothing of this run shall come later."""
+        self._spool.acknowledge(next(self._spool.pending(1)))
+        self._spool.close()
 
     @property
     def page(self) -> str:
@@ -102,28 +143,35 @@ class MlflowTracker:
         """The command that shows this store in a browser."""
         return how_to_open(self.uri)
 
+    @property
+    def num_waiting(self) -> int:
+        """Records that the store has not taken yet."""
+        return self._spool.num_pending
+
+    def watch(self, name: str, sample: Callable[[], Mapping[str, float]]) -> None:
+        """Adds another node to the system metrics: `sample` is called every 10 s, its numbers go to `system/NAME/*`."""
+        if self._monitor is not None:
+            self._monitor.add(name, sample)
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Nested mappings become dotted keys; a value past MLflow's 6000 characters is cut and says so.
 
         Raises:
-            ConfigError: the run has another value under a key already.
-            ResourceError: the store failed.
+            ConfigError: this process has given another value for a key already.
         """
-        flat = flatten_params(params)
+        flat = {key: _cut(value) for key, value in flatten_params(params).items()}
+        if self.resumed:
+            flat = {key: value for key, value in flat.items() if key not in self._delivery.params}
         refuse_repeated(flat, self._params)
-        entities = import_mlflow("mlflow.entities")
-        rows = [entities.Param(key, _cut(value)) for key, value in flat.items() if key not in self._params]
-        with reporting(self.uri):
-            for start in range(0, len(rows), _PARAMS_PER_CALL):
-                self._client.log_batch(self.run_id, params=rows[start : start + _PARAMS_PER_CALL])
-        self._params.update(flat)
+        new = {key: value for key, value in flat.items() if key not in self._params}
+        if new:
+            self._append("params", new)
+        self._params.update(new)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queued; a thread writes batches about once a second. A store that fails is tried again until `finish`."""
-        now = int(time.time() * 1000)
-        self._writer.add(
-            [MetricPoint(metric_key(key), float(value), int(step), now) for key, value in metrics.items()]
-        )
+        """Spooled; sent in batches about every other second."""
+        values = {metric_key(key): float(value) for key, value in metrics.items()}
+        self._append("metrics", {"values": values, "step": int(step), "time_ms": _now_ms()})
 
     def log_dataset(
         self,
@@ -134,90 +182,99 @@ class MlflowTracker:
         source: str,
         profile: Mapping[str, int] | None = None,
     ) -> None:
-        """Records a data set as an input of the run. The first 16 characters of the digest are kept.
-
-        Raises:
-            ResourceError: the store failed.
-        """
-        entities = import_mlflow("mlflow.entities")
-        dataset = entities.Dataset(
-            name=name,
-            digest=digest[:_DIGEST_CHARACTERS],
-            source_type="local",
-            source=json.dumps({"uri": source}),
-            profile=json.dumps(dict(profile or {})),
+        """Records a data set as an input of the run. The first 16 characters of the digest are kept."""
+        short = digest[:_DIGEST_CHARACTERS]
+        self._append(
+            "dataset",
+            {
+                "name": name,
+                "digest": short,
+                "context": context,
+                "source": source,
+                "profile": dict(profile or {}),
+            },
         )
-        mark = entities.InputTag("mlflow.data.context", context)
-        with reporting(self.uri):
-            self._client.log_inputs(self.run_id, datasets=[entities.DatasetInput(dataset, tags=[mark])])
-        self._datasets[name] = dataset.digest
+        self._datasets[name] = short
 
     def log_figure(self, name: str, path: Path, step: int = 0) -> None:
-        """Shown among the charts of the run, and kept as a file under `figures/`."""
-        image = import_mlflow().Image(str(path))
-
-        def upload() -> None:
-            self._client.log_image(self.run_id, image, key=name, step=step, synchronous=True)
-            self._client.log_artifact(self.run_id, str(path), "figures")
-
-        self._upload(f"figure {name}", upload)
+        """Shown among the charts of the run, and kept as a file under `figures/`. Raises FileNotFoundError."""
+        payload = {"name": name, "step": step, "time_ms": _now_ms(), "file": Path(path).name}
+        self._append("figure", payload, Path(path))
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Copies a file or a folder. A store that fails is reported by `finish`, so that a step goes on."""
-        path = Path(path)
+        """Copies a file or a folder. Raises FileNotFoundError."""
+        self._append("artifact", {"file": Path(path).name, "folder": folder}, Path(path))
 
-        def upload() -> None:
-            if path.is_dir():
-                self._client.log_artifacts(
-                    self.run_id, str(path), "/".join(filter(None, (folder, path.name)))
-                )
-            else:
-                self._client.log_artifact(self.run_id, str(path), folder or None)
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Kept as NAME.json, whole."""
+        self._append("table", {"name": name, "rows": plain_json([dict(row) for row in rows])})
 
-        self._upload(str(path), upload)
+    def log_trace(self, trace: RolloutTrace) -> None:
+        self._append("trace", trace_payload(trace))
+
+    def log_checkpoint(self, model: TrackedModel) -> None:
+        """Raises CheckpointError when the folder has no weights."""
+        payload = {"weights": str(model.folder.resolve()), "checksum": weights_digest(model.folder)}
+        self._append("checkpoint", {**payload, **self._model_payload(model)})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Raises ResourceError when the store fails."""
-        entities = import_mlflow("mlflow.entities")
-        with reporting(self.uri):
-            self._client.log_batch(
-                self.run_id, tags=[entities.RunTag(key, str(value)) for key, value in tags.items()]
-            )
+        self._append("tags", {key: str(value) for key, value in tags.items()})
 
     def register_model(self, model: TrackedModel) -> str:
-        """Logs the folder as a pyfunc of this run, registers it and moves the alias to it; returns its uri.
+        """Logs the folder as a pyfunc of this run, registers it and moves the alias to it.
 
+        Returns:
+            `models:/NAME@ALIAS`; the folder, when the store has not taken the model for `patience_s`: it is registered
+            as soon as the store is back.
         Raises:
-            CheckpointError: the folder is not there.
-            ResourceError: the store failed; the logged model is then marked FAILED.
+            CheckpointError: the folder has no weights.
+            ResourceError: the store refused the model.
         """
-        digest = self._datasets.get(model.dataset, "")
-        if model.dataset and not digest:
-            raise ValueError(
-                f"no data set {model.dataset!r} was logged in this run; there are {sorted(self._datasets)}"
+        if not any(model.folder.glob("*.safetensors")):
+            raise CheckpointError(str(model.folder), "no weights", "a model folder", "write the model first")
+        refused = len(self._spool.refused())
+        self._append("model", {"file": model.folder.name, **self._model_payload(model)}, model.folder)
+        if not self._courier.flush(self._patience_s):
+            _logger.warning(
+                "the tracking store did not take %s in time; it is registered when it is back", model.name
             )
-        return register(self._client, self.uri, self.experiment_id, self.run_id, model, dataset_digest=digest)
+            return str(model.folder)
+        if reasons := self._spool.refused()[refused:]:
+            self._told.update(reasons)
+            raise ResourceError(
+                "model registry", reasons[-1], "a model that can be registered", "see the cause"
+            )
+        return model.uri
+
+    def flush(self) -> bool:
+        """Waits until the store has everything; False when it took nothing for `patience_s`."""
+        return self._courier.flush(self._patience_s)
 
     def finish(self, status: RunStatus) -> None:
-        """Writes what is queued and closes the run with `status`; a second call does nothing.
+        """Closes the run with `status` and delivers what is left; a second call does nothing.
+
+        A store that takes nothing for `patience_s` is left alone: the rest stays in the spool.
 
         Raises:
-            ResourceError: something could not be written; the run then holds everything else.
+            ResourceError: the store refused something for good; the run holds everything else.
         """
         if self._finished:
             return
         self._finished = True
         if self._monitor is not None:
-            self._monitor.finish()
-        unwritten, cause = self._writer.close()
-        if unwritten:
-            self._lost.append(f"{unwritten} metric points ({cause})")
-        with reporting(self.uri):
-            self._client.set_terminated(self.run_id, status)
-        if self._lost:
+            self._monitor.close()
+        self._append("finish", {"status": status, "end_ms": _now_ms(), "start_ms": self._started_ms})
+        if not self._courier.close(self._patience_s):
+            _logger.warning(
+                "%d records of this run wait in %s for %s; the next fewstep command that opens that store delivers them",
+                self._spool.num_pending, self._spool.folder, shown_uri(self.uri),
+            )  # fmt: skip
+        lost = [*self._lost, *(reason for reason in self._spool.refused() if reason not in self._told)]
+        self._spool.close()
+        if lost:
             raise ResourceError(
-                "tracking store", f"{self.uri} did not take: {'; '.join(self._lost)}", "a store that takes every write",
-                "check free space and the server's log; the files are still in the run's own folder",
+                "tracking store", f"{shown_uri(self.uri)} did not take: {'; '.join(lost)}", "a store that takes every write",
+                "check free space and the store's log; the files are still in the run's own folder",
             )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -232,59 +289,34 @@ class MlflowTracker:
             return
         # The error that ended the run is the one to show; a tracker that fails now must not replace it.
         try:
-            self._keep_failure(error)
+            self._append("text", {"text": "".join(traceback.format_exception(error)), "path": "failure.txt"})
+            self.set_tags({"fewstep.failure": f"{type(error).__name__}: {error}"[:500]})
             self.finish(status)
         except ResourceError as failure:
             error.add_note(f"the tracking store failed as well: {failure}")
 
-    def _keep_failure(self, error: BaseException) -> None:
-        text = "".join(traceback.format_exception(error))
-        with reporting(self.uri):
-            self._client.log_text(self.run_id, text, "failure.txt")
-            self._client.set_tag(self.run_id, "fewstep.failure", f"{type(error).__name__}: {error}"[:500])
+    def _model_payload(self, model: TrackedModel) -> dict[str, Any]:
+        digest = self._datasets.get(model.dataset, "")
+        if model.dataset and not digest:
+            raise ValueError(
+                f"no data set {model.dataset!r} was logged in this run; there are {sorted(self._datasets)}"
+            )
+        return {"model": model_payload(model), "dataset_digest": digest}
 
-    def _write_points(self, points: Sequence[MetricPoint]) -> None:
-        entities = import_mlflow("mlflow.entities")
-        rows = [entities.Metric(point.key, point.value, point.timestamp_ms, point.step) for point in points]
-        with reporting(self.uri):
-            self._client.log_batch(self.run_id, metrics=rows, synchronous=True)
-
-    def _upload(self, what: str, upload: Callable[[], None]) -> None:
+    def _append(self, kind: str, payload: dict[str, Any], *files: Path) -> None:
+        if self._finished and kind != "finish":
+            raise RuntimeError("the run is finished; nothing more can be logged")
         try:
-            with reporting(self.uri):
-                upload()
-        except ResourceError as error:
-            _logger.warning("%s was not kept, the tracking store failed: %s", what, error)
-            self._lost.append(f"{what} ({error})")
+            self._spool.append(kind, payload, files)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # a full disk: the run itself may still go on
+            _logger.warning("a record of kind %s was lost: %s", kind, error)
+            self._lost.append(f"{kind} ({error})")
 
 
-def _start_system_metrics(uri: str, run_id: str) -> Any:
-    module = import_mlflow("mlflow.system_metrics.system_metrics_monitor")
-    try:
-        monitor = module.SystemMetricsMonitor(run_id, sampling_interval=_SYSTEM_INTERVAL_S, tracking_uri=uri)
-    except ImportError as error:
-        _logger.info("system metrics are off: %s", error)
-        return None
-    monitor.start()
-    return monitor
-
-
-def _run_tags(description: str) -> dict[str, str]:
-    machine = {f"machine.{key}": str(value) for key, value in machine_info().items()}
-    return {
-        "mlflow.note.content": description,
-        **source_tags(),
-        **machine,
-        **{f"version.{name}": _version(name) for name in _VERSIONS_SHOWN},
-        **process_tags(),
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _cut(value: str) -> str:

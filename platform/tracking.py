@@ -2,14 +2,14 @@
 
 A run has exactly one writer, the driver. Workers return their numbers with their results; a second process that
 opened the same run would race on its status and on a sqlite store's locks. `MlflowTracker` (mlflow_tracker.py) is
-the tracker of real runs; `MemoryTracker` serves tests and jobs that were asked not to track.
+the tracker of real runs; `MemoryTracker` serves tests, and measures what the other one costs.
 """
 
 from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +17,13 @@ from typing import Any, Literal, Protocol, Self
 
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import DecodePolicy
+from fewstep.platform.rollout_trace import RolloutTrace
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 DatasetContext = Literal["training", "evaluation"]
 
 _ILLEGAL_IN_METRIC = re.compile(r"[^\w\-. /:]")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")
 _NAME = re.compile(r"[^/:]+")
 _ALIAS = re.compile(r"[A-Za-z][\w-]*")
 _VERSION_LIKE = re.compile(r"[vV]\d+")
@@ -29,12 +31,13 @@ _VERSION_LIKE = re.compile(r"[vV]\d+")
 
 @dataclass(frozen=True)
 class TrackedModel:
-    """A model folder on its way into the registry.
+    """A model folder on its way into the registry, or a checkpoint on the way to it.
 
     Attributes:
-        folder: config.json, model.safetensors, tokenizer.json.
+        folder: config.json, safetensors, tokenizer.json.
         name: registered name; not empty, without `/` and `:`.
-        alias: what serving will ask for, such as `champion`; moves here from any older version.
+        alias: what serving will ask for, such as `champion`; moves here from any older version. Empty = a checkpoint,
+            which is logged and not registered.
         metrics: numbers shown on the model's own page.
         input_example: one prompt; shown in the registry as the way to call it.
         code: the models-from-code script that answers for the folder.
@@ -42,6 +45,7 @@ class TrackedModel:
         max_tokens: completion budget it answers with unless told otherwise.
         step: training step of the weights.
         dataset: name of a data set given to `log_dataset` that `metrics` were measured on; "" = none.
+        facts: more about the model as JSON, kept in its MLmodel file, such as its frontier.
         requirements: the installed distributions the script needs, pinned at registration.
 
     Raises:
@@ -58,6 +62,7 @@ class TrackedModel:
     max_tokens: int
     step: int = 0
     dataset: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
     requirements: tuple[str, ...] = (
         "fewstep",
         "mlflow",
@@ -73,7 +78,7 @@ class TrackedModel:
             raise ConfigError(
                 "model name", repr(self.name), "a non-empty name without / and :", "choose another name"
             )
-        if (
+        if self.alias and (
             not _ALIAS.fullmatch(self.alias)
             or _VERSION_LIKE.fullmatch(self.alias)
             or self.alias.lower() == "latest"
@@ -85,7 +90,7 @@ class TrackedModel:
 
     @property
     def uri(self) -> str:
-        """`models:/NAME@ALIAS`."""
+        """`models:/NAME@ALIAS`; a checkpoint has no such address."""
         return f"models:/{self.name}@{self.alias}"
 
 
@@ -100,11 +105,16 @@ class Tracker(Protocol):
     @property
     def run_id(self) -> str: ...
 
+    @property
+    def resumed(self) -> bool:
+        """Whether this is a run of an earlier process that is gone on with."""
+
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Nested mappings become dotted keys. A key can be given once per run."""
+        """Nested mappings become dotted keys. A key can be given once per run; in a run that is gone on with, keys
+        that it has already keep their first value."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queued, never waits for the store; NaN is kept."""
+        """Never waits for the store; NaN is kept. Points that a run gone on with has already are left out."""
 
     def log_dataset(
         self,
@@ -122,12 +132,23 @@ class Tracker(Protocol):
         """A PNG. The same `name` at several steps is one figure with a slider."""
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """A file or a folder, copied under `folder` of the run's artifacts."""
+        """A file or a folder, copied under `folder` of the run's artifacts. It may be replaced afterwards, but not
+        written into."""
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table shown on the run's page; a later one of the same name takes its place."""
+
+    def log_trace(self, trace: RolloutTrace) -> None:
+        """One sampled answer, stage by stage."""
+
+    def log_checkpoint(self, model: TrackedModel) -> None:
+        """A logged model with its metrics; its weights are pointed to, not copied."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
     def register_model(self, model: TrackedModel) -> str:
-        """Copies the folder into the registry and moves the alias to it; returns what `fewstep serve --model` takes."""
+        """Copies the folder into the registry and moves the alias to it; returns what `fewstep serve --model` takes:
+        the address, or the folder itself where the registry cannot be reached."""
 
     def finish(self, status: RunStatus) -> None:
         """Writes what is queued and closes the run; a second call does nothing."""
@@ -149,9 +170,13 @@ class MemoryTracker:
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     figures: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)
     artifacts: list[tuple[Path, str]] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    traces: list[RolloutTrace] = field(default_factory=list)
+    checkpoints: list[TrackedModel] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
     models: list[TrackedModel] = field(default_factory=list)
     status: RunStatus | Literal["RUNNING"] = "RUNNING"
+    resumed: bool = False
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         flat = flatten_params(params)
@@ -180,6 +205,15 @@ class MemoryTracker:
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         self.artifacts.append((Path(path), folder))
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.tables[name] = [dict(row) for row in rows]
+
+    def log_trace(self, trace: RolloutTrace) -> None:
+        self.traces.append(trace)
+
+    def log_checkpoint(self, model: TrackedModel) -> None:
+        self.checkpoints.append(model)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.tags.update(tags)
@@ -216,13 +250,20 @@ def status_of(error: BaseException | None) -> RunStatus:
 
 
 def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys and text values: `{"a": {"b": None}}` becomes `{"a.b": "None"}`."""
+    """Nested mappings as dotted keys and text values: `{"a": {"b": None}}` becomes `{"a.b": "None"}`.
+
+    Raises:
+        ValueError: a value that has no text of its own but a memory address, which no two runs have in common.
+    """
     flat: dict[str, str] = {}
     for key, value in params.items():
         if isinstance(value, Mapping):
             flat.update(flatten_params(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = str(value)
+            continue
+        text = str(value)
+        if _ADDRESS.search(text):
+            raise ValueError(f"parameter {prefix}{key} is told as {text}; give it a stable text")
+        flat[f"{prefix}{key}"] = text
     return flat
 
 

@@ -9,7 +9,7 @@ seconds, `forwards` and `step_map` count forwards, probabilities are natural (co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fewstep.platform.artifacts import atomic_file
+from fewstep.platform.artifacts import atomic_file, file_digest
 from fewstep.platform.errors import UserError
 from fewstep.platform.records import DecodePolicy, Rollout, Trajectory, Verdict
 
@@ -121,6 +121,23 @@ def read_metadata(path: Path) -> dict[str, Any]:
     stored = _open(path).schema_arrow.metadata
     facts: dict[str, Any] = json.loads(stored[b"fewstep.metadata"])
     return facts
+
+
+def describe_rollouts(paths: Iterable[Path], base: Path) -> list[dict[str, Any]]:
+    """What a run points to instead of copying it: path (relative to `base`), rows, bytes and SHA-256 of each file.
+
+    Raises:
+        UserError: one of them is no rollout file.
+    """
+    return [
+        {
+            "path": Path(path).relative_to(base).as_posix(),
+            "rows": int(_open(path).metadata.num_rows),
+            "bytes": Path(path).stat().st_size,
+            "sha256": file_digest(path),
+        }
+        for path in sorted(paths)
+    ]
 
 
 def _column(field: pa.Field, rollouts: Sequence[Rollout]) -> pa.Array:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,3 +31,26 @@ def published() -> Path:
     if not folder.is_dir():
         pytest.skip("no published benchmark files: set FEWSTEP_BENCHMARKS to their folder")
     return folder
+
+
+# Jobs of tests that name no store of their own must not track into the checkout's.
+os.environ["MLFLOW_TRACKING_URI"] = (
+    f"sqlite:///{Path(tempfile.mkdtemp(prefix='fewstep-tests-')) / 'mlflow.db'}"
+)
+
+
+@pytest.fixture(scope="session")
+def database_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server over PostgreSQL; over sqlite where that cannot be started, which is said."""
+    from tests.tracking_server import NoPostgres, postgres, tracking_server
+
+    folder = tmp_path_factory.mktemp("database-server")
+    with ExitStack() as stack:
+        try:
+            backend = stack.enter_context(postgres(folder))
+        except NoPostgres as reason:
+            warnings.warn(
+                f"the MLflow server of this run is over sqlite, not PostgreSQL: {reason}", stacklevel=1
+            )
+            backend = ""
+        yield stack.enter_context(tracking_server(folder, backend)).url

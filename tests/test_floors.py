@@ -43,9 +43,11 @@ PLATFORM_LIBRARIES = {
     "tokenizers",
     "pandas",
     "mlflow",
+    "psutil",
+    "pynvml",
 }
-# Imported inside functions only: each costs a second or more and most commands need none of them.
-LAZY_ON_PLATFORM = {"mlflow", "pandas"}
+# Imported inside functions only: they cost up to seconds, or may not be there, and most commands need none of them.
+LAZY_ON_PLATFORM = {"mlflow", "pandas", "psutil", "pynvml"}
 
 
 @dataclass(frozen=True)

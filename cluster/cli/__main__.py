@@ -113,11 +113,16 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
     files = [arguments.config] if arguments.config else []
     bare = [item for item in arguments.items if "=" not in item]
     overrides = [item for item in arguments.items if "=" in item] + arguments.overrides
-    if command.operand:
+    if command.operands:
         words = [item for item in bare if not item.endswith((".yaml", ".yml"))]
-        if len(words) > 1:
-            raise ConfigError(command.operand, " and ".join(words), "one of them", "run the command for each")
-        overrides += [f"{command.operand}={json.dumps(word, ensure_ascii=False)}" for word in words]
+        if len(words) > len(command.operands):
+            allowed = " ".join(command.operands).upper()
+            raise ConfigError("command line", " and ".join(words), allowed, "leave out the rest")
+        given = [
+            f"{key}={json.dumps(word, ensure_ascii=False)}"
+            for key, word in zip(command.operands, words, strict=False)
+        ]
+        overrides = given + overrides
         bare = [item for item in bare if item not in words]
     files += bare
     if len(files) > 1:
@@ -136,7 +141,7 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
 def _parser(name: str, command: Command, keys: list[ConfigKey]) -> _Parser:
     parser = _Parser(
         prog=f"fewstep {name}",
-        usage=_USAGE.replace("COMMAND", f"{name} [{command.operand.upper()}]" if command.operand else name),
+        usage=_USAGE.replace("COMMAND", " ".join([name, *(f"[{key.upper()}]" for key in command.operands)])),
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog="Every key can be given in the file, as key=value (the value is YAML), or as --key value; the last form wins.",
         allow_abbrev=False,

@@ -1,4 +1,5 @@
-"""Ctrl-C in the middle of a refinement, then the same command again: the run ends where an uninterrupted one does."""
+"""Ctrl-C in the middle of a refinement, then the same command again: the run ends where an uninterrupted one does,
+and its record is one run with every step once."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.platform.mlflow_runs import RunStore
+from fewstep.platform.mlflow_store import open_client, sqlite_uri
 from fewstep.platform.trajectories import read_rollouts
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -20,13 +23,26 @@ SMALL = [
 ]  # fmt: skip
 
 
-def _start(out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fewstep", "refine", "--out", str(out), *SMALL]
+def _start(out: Path, *more: str) -> subprocess.Popen[str]:
+    store = f"tracking_uri={sqlite_uri(out.parent)}"
+    command = [
+        sys.executable,
+        "-m",
+        "fewstep",
+        "refine",
+        "--ray-cpus",
+        "2",
+        "--out",
+        str(out),
+        store,
+        *SMALL,
+        *more,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _finish(out: Path) -> str:
-    with _start(out) as process:
+def _finish(out: Path, *more: str) -> str:
+    with _start(out, *more) as process:
         text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     return text
@@ -41,10 +57,29 @@ def test_an_interrupted_refinement_ends_where_an_uninterrupted_one_does(tmp_path
             if line.startswith("refine    3/4"):
                 process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
-    assert "resumed at step 2" in _finish(broken)
+    # Where models are registered is no part of what is computed: it may change, and the run says that it did.
+    assert "resumed at step 2" in _finish(broken, "register_as=other")
     for step in range(4):
         name = Path("rollouts") / f"step_{step:05d}.parquet"
         one, two = read_rollouts(whole / name), read_rollouts(broken / name)
         assert [(r.text, r.reward) for r in one] == [(r.text, r.reward) for r in two]
     weights = Path("model") / "model.safetensors"
     assert (whole / weights).read_bytes() == (broken / weights).read_bytes()
+    _check_record(tmp_path)
+
+
+def _check_record(folder: Path) -> None:
+    uri = sqlite_uri(folder)
+    (run,) = (run for run in RunStore(uri).runs() if run.name.startswith("refine-broken"))
+    assert (run.status, run.tags["fewstep.resumed"]) == ("FINISHED", "1")
+    assert run.params["register_as"] == "fewstep-tiny"
+    (version,) = run.versions
+    assert version.startswith("other/1@candidate")
+    client = open_client(uri, create=False)
+    steps = [point.step for point in client.get_metric_history(run.run_id, "reward/pass_rate")]
+    assert steps == [1, 2, 3, 4]
+    kept = [item.path for item in client.list_artifacts(run.run_id, "resumed")]
+    (difference,) = (path for path in kept if path.endswith(".diff"))
+    text = Path(client.download_artifacts(run.run_id, difference)).read_text()
+    assert "-register_as: fewstep-tiny" in text
+    assert "+register_as: other" in text

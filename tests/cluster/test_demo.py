@@ -26,7 +26,8 @@ KEYS = {
 
 
 def _start(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fewstep", "demo", "--out", str(out), *SMALL, *more]
+    store = f"refine.tracking_uri=sqlite:///{out / 'mlflow.db'}"
+    command = [sys.executable, "-m", "fewstep", "demo", "--out", str(out), store, *SMALL, *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

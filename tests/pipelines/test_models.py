@@ -20,15 +20,15 @@ def test_a_path_is_taken_as_it_is() -> None:
     assert model_folder("runs/demo/model", "") == Path("runs/demo/model")
 
 
-def test_an_address_is_looked_up_in_the_store_named_else_mlflows_else_the_demos(
+def test_an_address_is_looked_up_in_the_store_named_else_mlflows_else_the_projects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///variable.db")
-    with pytest.raises(ConfigError, match=r"sqlite:///named\.db"):
+    with pytest.raises(ConfigError, match=rf"sqlite:///{tmp_path}/named\.db"):
         model_folder("models:/fewstep-tiny@champion", "sqlite:///named.db")
-    with pytest.raises(ConfigError, match=r"sqlite:///variable\.db"):
+    with pytest.raises(ConfigError, match=rf"sqlite:///{tmp_path}/variable\.db"):
         model_folder("models:/fewstep-tiny@champion", "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(ConfigError, match=r"sqlite:///runs/demo/mlflow\.db"):
+    with pytest.raises(ConfigError, match=rf"sqlite:///{tmp_path}/runs/mlflow\.db"):
         model_folder("models:/fewstep-tiny@champion", "")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +18,17 @@ from fewstep.actors.engine.request import Request
 from fewstep.kernels.model.checkpoint import MODEL_FILES, load_model, save_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.pipelines.publish import publish_model
+from fewstep.pipelines.publish import log_checkpoint, publish_model
 from fewstep.platform.artifacts import file_digest
 from fewstep.platform.errors import CheckpointError, ConfigError, ResourceError
-from fewstep.platform.mlflow_registry import mlflow_model_folder
-from fewstep.platform.mlflow_store import how_to_open, open_client, run_page, sqlite_uri
+from fewstep.platform.mlflow_registry import (
+    alias_address,
+    find_model,
+    mlflow_model_folder,
+    model_facts,
+    move_alias,
+)
+from fewstep.platform.mlflow_store import open_client, run_page, sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import DecodePolicy, WeightVersion
 from fewstep.platform.tracking import MemoryTracker, TrackedModel
@@ -98,6 +101,7 @@ def engine_answers(folder: Path, policy: DecodePolicy, max_tokens: int) -> list[
 
 
 def ask_in_a_fresh_process(model_uri: str, tracking_uri: str, folder: Path) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", ASKS, model_uri, json.dumps(PROMPTS)],
         cwd=folder, capture_output=True, text=True, check=False,
@@ -195,6 +199,67 @@ def test_an_unknown_data_set_is_a_mistake(uri: str, folder: Path) -> None:
         publish(tracker, folder, name="no-data")
 
 
+def test_a_checkpoint_is_pointed_to_and_answers_as_long_as_its_weights_are_there(
+    uri: str, tmp_path: Path
+) -> None:
+    own = write_model(tmp_path / "step_20", seed=3)
+    with open_run(uri) as tracker:
+        log_checkpoint(
+            tracker, own, name="steps", metrics={"checkpoint/pass_rate": 0.5}, input_example=PROMPTS[0], policy=POLICY,
+            step=20,
+        )  # fmt: skip
+    client = open_client(uri, create=False)
+    (logged,) = (m for m in client.search_logged_models([tracker.experiment_id]) if m.name == "steps")
+    assert str(logged.status) == "READY"
+    assert [(m.key, m.value, m.step) for m in logged.metrics] == [("checkpoint/pass_rate", 0.5, 20)]
+    packed = Path(logged.artifact_location.removeprefix("file://"))
+    assert list(packed.rglob("*.safetensors")) == [], "the weights were copied"
+    address = f"models:/{logged.model_id}"
+    assert mlflow_model_folder(address, uri) == own
+    answers = ask_in_a_fresh_process(address, uri, tmp_path / "elsewhere")
+    assert answers["list"] == engine_answers(own, POLICY, 64)
+    write_model(own, seed=4)
+    with pytest.raises(CheckpointError, match="other weights"):
+        mlflow_model_folder(address, uri)
+    shutil.rmtree(own)
+    with pytest.raises(CheckpointError, match="no weights"):
+        mlflow_model_folder(address, uri)
+
+
+def test_an_alias_that_moves_does_not_move_what_was_found(uri: str, folder: Path, tmp_path: Path) -> None:
+    with open_run(uri) as tracker:
+        publish(tracker, folder, name="pinned")
+        found = find_model("models:/pinned@champion", uri)
+        publish(tracker, write_model(tmp_path / "second", seed=2), name="pinned")
+    assert found.address == "models:/pinned/1"
+    assert digests(found.folder) == digests(folder)
+    assert find_model(found.address, uri) == found
+    assert find_model("models:/pinned@champion", uri).address == "models:/pinned/2"
+
+
+def test_facts_travel_with_the_model(uri: str, folder: Path) -> None:
+    facts = {"frontier": [{"label": "static_1", "pass_at_1": 0.5}]}
+    with open_run(uri) as tracker:
+        publish_model(
+            tracker, folder, name="facts", alias="candidate", metrics={}, input_example="a", policy=POLICY, step=3,
+            facts=facts,
+        )  # fmt: skip
+    address, found = model_facts("models:/facts@candidate", uri)
+    assert (address, found) == ("models:/facts/1", {"step": 3, "dataset": "", **facts})
+
+
+def test_an_alias_moves_to_a_version_and_says_why(uri: str, folder: Path) -> None:
+    with open_run(uri) as tracker:
+        publish(tracker, folder, name="aliased", alias="candidate")
+    assert alias_address("aliased", "champion", uri) is None
+    move_alias("models:/aliased/1", "champion", uri, {"fewstep.promoted": "it dominates"})
+    assert alias_address("aliased", "champion", uri) == "models:/aliased/1"
+    version = open_client(uri, create=False).get_model_version_by_alias("aliased", "champion")
+    assert version.tags["fewstep.promoted"] == "it dominates"
+    with pytest.raises(ConfigError, match="models:/aliased@champion"):
+        alias_address("unheard-of", "champion", uri)
+
+
 def mlflow_names(uri: str) -> set[str]:
     return {found.name for found in open_client(uri, create=False).search_registered_models()}
 
@@ -228,55 +293,20 @@ def test_without_a_registry_the_folder_is_the_address(folder: Path) -> None:
     assert tracker.models[0].max_tokens == 64
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A real MLflow server over a store of its own, that hands out artifacts itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = how_to_open(sqlite_uri(tmp_path), port).split()
-    assert command.pop(0) == "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
-    command[0] = str(Path(sys.executable).with_name("mlflow"))
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--artifacts-destination", str(tmp_path / "artifacts")],
-            stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True,
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
-
-
 @pytest.mark.timeout(600)
 def test_a_server_by_address_does_all_of_it(
-    server: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database_server: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with open_run(server) as tracker:
+    with open_run(database_server) as tracker:
         tracker.log_metrics({"train/loss": 1.0}, step=0)
         model_uri = publish(tracker, folder, name="remote")
-    fetched = mlflow_model_folder(model_uri, server)
+    fetched = mlflow_model_folder(model_uri, database_server)
     assert fetched.is_relative_to(tmp_path / "cache")
     assert digests(fetched) == digests(folder)
     written = (fetched / "model.safetensors").stat().st_mtime_ns
-    assert mlflow_model_folder(model_uri, server) == fetched
+    assert mlflow_model_folder(model_uri, database_server) == fetched
     assert (fetched / "model.safetensors").stat().st_mtime_ns == written, "fetched twice"
-    run = open_client(server, create=False).get_run(tracker.run_id)
+    run = open_client(database_server, create=False).get_run(tracker.run_id)
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
     assert tracker.page == run_page(tracker.experiment_id, tracker.run_id)

@@ -36,6 +36,7 @@ from fewstep.pipelines.refine_job import run as run_job
 from fewstep.pipelines.settings import Curriculum, RefineConfig, Sweep
 from fewstep.pipelines.tasks.family import Specification
 from fewstep.platform.errors import ConfigError
+from fewstep.platform.mlflow_store import sqlite_uri
 from fewstep.platform.records import WeightVersion
 from fewstep.platform.tracking import MemoryTracker
 from fewstep.platform.trajectories import read_rollouts
@@ -140,7 +141,7 @@ def test_refinement_needs_fewer_forwards_and_survives_killed_workers(tmp_path: P
     config = RefineConfig(
         out=tmp_path, steps=10, prompts_per_step=32, group_size=4, learning_rate=1e-3, num_eval_tasks=60,
         sweep=Sweep(thresholds=(0.9,), tokens_per_step=()), trainer={"num_ranks": 1, "precision": "bf16"},
-        checkpoint_every=4,
+        checkpoint_every=4, tracking_uri=sqlite_uri(tmp_path),
     )  # fmt: skip
     killer = threading.Thread(target=_kill_workers, args=(tmp_path / "rollouts",), daemon=True)
     with ray_session(num_cpus=2):

@@ -8,22 +8,25 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
-from fewstep.platform import mlflow_store
+from fewstep.platform import mlflow_store, system_metrics
 from fewstep.platform.errors import ConfigError, ResourceError
 from fewstep.platform.mlflow_store import import_mlflow, open_client, sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
+from fewstep.platform.rollout_trace import RolloutTrace, Span
 
 OPENS_A_RUN = """
 import sys, time
 from fewstep.platform.mlflow_tracker import MlflowTracker
 tracker = MlflowTracker(sys.argv[1], experiment=sys.argv[2], run_name="victim", system_metrics=False)
 tracker.log_metrics({"train/loss": 1.0}, step=0)
-time.sleep(2)
+tracker.flush()
 print(tracker.run_id, flush=True)
 time.sleep(300)
 """
@@ -41,6 +44,13 @@ def run_of(uri: str, run_id: str) -> Any:
 
 def tracker_of(uri: str, experiment: str, **settings: Any) -> MlflowTracker:
     return MlflowTracker(uri, experiment=experiment, run_name="test", **{"system_metrics": False, **settings})
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def artifact_paths(uri: str, run_id: str, folder: str = "") -> list[str]:
@@ -130,11 +140,16 @@ def test_a_param_is_logged_once(uri: str) -> None:
     assert params["long"].endswith("(7000 characters, cut)")
 
 
-def test_the_host_is_sampled(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+def test_the_host_and_other_nodes_are_sampled(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "_INTERVAL_S", 0.2)
     with tracker_of(uri, "system", system_metrics=True) as tracker:
-        time.sleep(3)
-    assert "system/cpu_utilization_percentage" in run_of(uri, tracker.run_id).data.metrics
+        tracker.watch("node_1", lambda: {"cpu_utilization_percentage": 50.0})
+        wait_for(
+            lambda: "system/node_1/cpu_utilization_percentage" in run_of(uri, tracker.run_id).data.metrics
+        )
+    metrics = run_of(uri, tracker.run_id).data.metrics
+    assert metrics["system/node_1/cpu_utilization_percentage"] == 50.0
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= metrics.keys()
 
 
 def test_a_run_killed_outright_is_closed_by_the_next(uri: str) -> None:
@@ -160,6 +175,7 @@ def test_a_run_killed_outright_is_closed_by_the_next(uri: str) -> None:
 def test_another_hosts_runs_are_left_alone(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with tracker_of(uri, "hosts") as tracker:
         tracker.set_tags({mlflow_store.HOST_TAG: "elsewhere", mlflow_store.PID_TAG: "1"})
+        tracker.flush()
         with tracker_of(uri, "hosts") as other:
             assert other.closed_runs == []
 
@@ -167,16 +183,101 @@ def test_another_hosts_runs_are_left_alone(uri: str, monkeypatch: pytest.MonkeyP
 def test_a_reused_pid_is_not_the_old_process(uri: str) -> None:
     with tracker_of(uri, "reused") as tracker:
         tracker.set_tags({mlflow_store.STARTED_TAG: "1"})
+        tracker.flush()
         with tracker_of(uri, "reused") as other:
             assert other.closed_runs == [tracker.run_id]
 
 
-def test_an_upload_that_fails_is_reported_at_the_end(uri: str, tmp_path: Path) -> None:
-    tracker = tracker_of(uri, "lost")
-    tracker.log_artifact(tmp_path / "absent.parquet")
-    with pytest.raises(ResourceError, match=r"absent\.parquet"):
+def test_a_file_that_is_not_there_is_a_mistake(uri: str, tmp_path: Path) -> None:
+    with tracker_of(uri, "absent") as tracker, pytest.raises(FileNotFoundError, match=r"absent\.parquet"):
+        tracker.log_artifact(tmp_path / "absent.parquet")
+
+
+def test_what_the_store_refuses_is_reported_at_the_end_and_the_rest_is_there(uri: str) -> None:
+    tracker = tracker_of(uri, "refused")
+    tracker.log_params({"seed": 1})
+    tracker.flush()
+    open_client(uri, create=False).log_param(tracker.run_id, "lr", "0.1")
+    tracker.log_params({"lr": 0.2})
+    tracker.log_metrics({"train/loss": 1.0}, step=0)
+    with pytest.raises(ResourceError, match=r"params: .*lr"):
         tracker.finish("FINISHED")
-    assert run_of(uri, tracker.run_id).info.status == "FINISHED"
+    run = run_of(uri, tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})
+
+
+def test_a_table_and_a_trace_are_shown(uri: str) -> None:
+    rows = [{"step": 0, "text": "return 1"}, {"step": 1, "outcome": "passed", "text": "\ud800\0"}]
+    start = time.time_ns()
+    stages = (
+        Span("rollout", start, start + 10**9, attributes={"forwards": 3}),
+        Span("sandbox", start + 10**9, start + 2 * 10**9, outputs={"outcome": "wrong_answer"}, failed=True),
+    )
+    trace = RolloutTrace("def f(", "\ud800", stages, {"step": "4"}, {"passed": False})
+    with tracker_of(uri, "shown") as tracker:
+        tracker.log_table("samples", rows[:1])
+        tracker.log_table("samples", rows)
+        tracker.log_trace(trace)
+    client = open_client(uri, create=False)
+    # As MLflow's own load_table reads it; that one looks in the process's global store.
+    table = pandas.read_json(client.download_artifacts(tracker.run_id, "samples.json"), orient="split")
+    assert (
+        '"samples.json", "type": "table"' in run_of(uri, tracker.run_id).data.tags["mlflow.loggedArtifacts"]
+    )
+    assert table["text"].tolist() == ["return 1", "\\ud800\\x00"]
+    assert table["outcome"].isna().tolist() == [True, False]
+    (found,) = client.search_traces([tracker.experiment_id], filter_string="tags.step = '4'")
+    assert found.info.trace_id == f"tr-{trace.trace_id}"
+    assert found.info.trace_metadata["mlflow.sourceRun"] == tracker.run_id
+    assert (str(found.info.state), found.info.execution_duration) == ("ERROR", 2000)
+    root, rollout, sandbox = sorted(
+        found.data.spans, key=lambda span: ("answer", "rollout", "sandbox").index(span.name)
+    )
+    assert (root.parent_id, rollout.parent_id, sandbox.parent_id) == (None, root.span_id, root.span_id)
+    assert rollout.attributes["forwards"] == 3
+    assert sandbox.outputs == {"outcome": "wrong_answer"}
+    assert [(item.name, item.value) for item in found.info.assessments] == [("passed", False)]
+
+
+def test_a_run_is_gone_on_with_by_its_key(uri: str) -> None:
+    first = tracker_of(uri, "resumed", key="0123abc")
+    first.log_params({"seed": 1, "out": "a"})
+    for step in range(4):
+        first.log_metrics({"train/loss": float(step), "perf/step_seconds": 1.0}, step=step)
+    first.finish("KILLED")
+    assert not first.resumed
+    second = tracker_of(uri, "resumed", key="0123abc")
+    assert (second.run_id, second.resumed) == (first.run_id, True)
+    assert run_of(uri, first.run_id).info.status == "RUNNING"
+    second.log_params({"seed": 1, "out": "b", "new": 2})
+    for step in range(2, 6):  # from the checkpoint of step 2
+        second.log_metrics({"train/loss": float(step), "perf/step_seconds": 2.0}, step=step)
+    second.finish("FINISHED")
+    run = run_of(uri, first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "1", "out": "a", "new": "2"}
+    assert run.data.tags["fewstep.resumed"] == "1"
+    history = open_client(uri, create=False).get_metric_history(first.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(step, float(step)) for step in range(6)]
+
+
+def test_a_session_that_was_taken_over_does_not_end_the_run(uri: str) -> None:
+    first = tracker_of(uri, "taken", key="77")
+    second = tracker_of(uri, "taken", key="77")
+    first.finish("FAILED")
+    assert run_of(uri, second.run_id).info.status == "RUNNING"
+    second.finish("FINISHED")
+    assert run_of(uri, second.run_id).info.status == "FINISHED"
+
+
+def test_a_password_is_in_no_message() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://me:s3cret@127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ResourceError) as refused:
+            open_client(address, create=True)
+    assert "s3cret" not in str(refused.value)
+    assert "me:***@" in str(refused.value)
 
 
 def test_a_relative_address_means_the_same_store_everywhere(
