@@ -122,8 +122,8 @@ class StaticSteps:
     """Runs the forwards that are made of units; leaves others to the caller.
 
     A forward is left when a sequence draws from a nucleus (a sort of rows that the data choose), when no sequence
-    decides, when a bidirectional model's whole window is computed or a block is wider than the model's, and when many rows
-    of a prompt are in it.
+    decides, when a bidirectional model's whole window is computed or a block is wider than the model's, when many rows of a
+    prompt are in it, and when logits are shifted: a block's first token is then read from a row of another unit.
 
     Args:
         capture: repeat steps as CUDA graphs. Not for mixtures of experts: their products are as large as the router says.
@@ -220,6 +220,8 @@ class StaticSteps:
     def _num_finished(self, spans: list[Span]) -> int | None:
         """Units of finished blocks; None = the forward is not made of units."""
         count = 0
+        if self._canvases.config.logit_shift:
+            return None
         for span in spans:
             sequence, policy = span.sequence, span.sequence.request.policy
             if policy.top_p < 1.0 and policy.temperature > 0.0:

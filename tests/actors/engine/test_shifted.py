@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from tests.actors.engine.reference import models
 from tests.actors.engine.reference.compare import assert_same, whole_afterwards
 from tests.actors.engine.reference.loop import decode
 from tests.actors.engine.reference.models import BLOCK, VERSION, build_model, build_tokenizer, token_bytes
@@ -16,6 +17,8 @@ from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.records import DecodePolicy
+
+pytestmark = pytest.mark.usefixtures("both_ways_to_step")
 
 KINDS = ("block_causal", "bidirectional")
 
@@ -33,7 +36,7 @@ def engine_of(kind: str, max_sequences: int, **settings: object) -> Engine:
         build_tokenizer(),
         max_sequences=max_sequences,
         weight_version=VERSION,
-        **settings,
+        **{"static_steps": models.STATIC_STEPS, **settings},
     )  # type: ignore[arg-type]
 
 

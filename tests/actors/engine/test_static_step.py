@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.actors.engine.reference.compare import assert_equal, assert_same, drain, result, run
+from tests.actors.engine.reference.compare import assert_equal, assert_same, drain, note, result, run
 from tests.actors.engine.reference.models import BLOCK, VERSION, build_model, engine_of
 from tests.actors.engine.reference.requests import draw_decisive, draw_prompt, expected
 from tests.kernels.device import DEVICE
@@ -254,6 +254,42 @@ def test_both_ways_in_turns_share_one_state(kind: str) -> None:
     for request in long + short:
         if expected(request, kind).decisive:
             assert_same(result(updates, request), expected(request, kind), num_extra_forwards=None)
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_pages_that_moved_under_an_equal_layout_are_noticed(between: bool) -> None:
+    """New weights in the middle of a block: both requests write their prompts again, and each gets the other's page.
+
+    The forward behind it looks like one before: as many rows at the same positions. With `between` the rewrite is a forward
+    that no static step can do, so that the static one before and the one behind have the same layout.
+    """
+    ones = [
+        Request(f"{n}", draw_prompt(random.Random(n), BLOCK + n), ONE_BY_ONE, max_tokens=9, ignore_eos=True)
+        for n in range(2)
+    ]
+    nucleus = DecodePolicy(kind="static", temperature=0.7, top_p=0.8)
+    other = Request("other", draw_prompt(random.Random(4), 3), nucleus, max_tokens=9, ignore_eos=True)
+    engine = engine_of(static_steps=True, prefix_cache=False)
+    for request in ones:
+        engine.add(request)
+    updates: dict = {}
+    steps = 2 if between else 1
+    for _ in range(steps):
+        note(updates, engine.step())
+    pages = [sequence.pages[:] for sequence in engine._scheduler.running.values()]
+    engine.load_weights(build_model(seed=0).to(DEVICE).state_dict(), WeightVersion("same", 1, "0" * 32))
+    if between:
+        engine.add(other)
+    note(updates, engine.step())
+    engine.abort("other")
+    moved = [sequence.pages[:] for sequence in engine._scheduler.running.values()]
+    assert pages != moved
+    assert sorted(pages) == sorted(moved)
+    assert engine.stats()["static_forwards"] == steps + (not between)
+    drain(engine, updates)
+    for request in ones:
+        assert expected(request).decisive
+        assert_same(result(updates, request), expected(request), num_extra_forwards=None)
 
 
 def test_buckets_hold_their_count_and_waste_less_than_half() -> None:
