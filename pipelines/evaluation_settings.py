@@ -97,7 +97,7 @@ class EvaluateConfig(Config):
     compare: tuple[str, str] | None = None
     """Two models instead of one: the same tasks, tested in pairs."""
     tracking_uri: str = ""
-    """MLflow store of the run, and of models:/ addresses; empty = MLFLOW_TRACKING_URI, else the demo's."""
+    """MLflow store of the run, and of models:/ addresses; empty = MLFLOW_TRACKING_URI, else the project's."""
     experiment: str = "fewstep"
     """MLflow experiment; made when missing."""
     out: Path = Path("runs/evaluate")

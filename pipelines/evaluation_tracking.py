@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ from fewstep.pipelines.evaluation_settings import EvaluateConfig
 from fewstep.pipelines.evaluation_summary import FrontierSummary, PolicyComparison
 from fewstep.pipelines.repair import RepairSummary
 from fewstep.pipelines.tasks.benchmark import Benchmark
-from fewstep.platform.mlflow_store import sqlite_uri
+from fewstep.platform.mlflow_store import project_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.tracking import Tracker
 
@@ -23,9 +22,8 @@ def open_tracker(
     config: EvaluateConfig, subjects: Sequence[Subject], benchmarks: Sequence[Benchmark]
 ) -> Iterator[MlflowTracker]:
     """The evaluation's run, with what it is about: which models, as they were when it started, on which data."""
-    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "") or sqlite_uri(config.out)
     tracker = MlflowTracker(
-        uri,
+        project_uri(config.tracking_uri),
         experiment=config.experiment,
         run_name=f"evaluate-{config.out.name}",
         tags={

@@ -102,8 +102,10 @@ class Toolchain:
 
 def _place(name: str) -> str | None:
     if name == "python":
-        # Not resolved: the link inside a virtual environment is what makes its packages importable.
-        return sys.executable
+        # Not resolved: the link inside a virtual environment is what makes its packages importable. But /tmp is the
+        # program's own in the sandbox: of an environment in there only the interpreter behind it can be seen.
+        hidden = Path(sys.executable).is_relative_to("/tmp")
+        return str(Path(sys.executable).resolve()) if hidden else sys.executable
     found = shutil.which(name)
     return str(Path(found).resolve()) if found else None
 

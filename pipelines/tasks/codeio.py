@@ -100,7 +100,8 @@ def package_file() -> Path:
 
 def _task(sandbox: Sandbox, number: int, row: Row, variant: str, seed: int) -> Task:
     code, generator = text_of(row, "code_sample"), text_of(row, "input_generator")
-    program = f"{code}\n\n{generator}\n{_MAKE}"
+    # The package runs a row with this name in scope: generators annotate their argument with it.
+    program = f"from random import Random\n\n{code}\n\n{generator}\n{_MAKE}"
     arguments = (derive_seed("codeio", seed, number) & 0x7FFFFFFF,)
     # Twice, in two processes: a function that throws dice has no right answer.
     first, second = (sandbox.values(program, "make_pair", [arguments], TIMEOUT_S) for _ in range(2))

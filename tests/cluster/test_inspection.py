@@ -98,4 +98,4 @@ def test_a_partial_folder_ends_with_one_line_and_code_2(
 
 def test_two_paths_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "a", "b"]) == 2
-    assert "model: got a and b; allowed: one of them" in capsys.readouterr().err
+    assert "command line: got a and b; allowed: MODEL" in capsys.readouterr().err

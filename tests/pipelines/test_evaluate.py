@@ -40,7 +40,7 @@ from fewstep.platform.trajectories import read_metadata, read_rollouts
 SWEEP = Sweep(thresholds=(0.9, 0.3), tokens_per_step=())
 FILES = [
     "answers.parquet", "artifacts", "config.yaml", "film.png", "frontier.png", "mlflow.db", "progress.json",
-    "report.json", "report.md", "trajectories",
+    "report.json", "report.md", "spool", "trajectories",
 ]  # fmt: skip
 
 
@@ -101,7 +101,14 @@ def measure(config: EvaluateConfig, verifier: LocalVerifier, opened: Any = engin
 def config_for(out: Path, **settings: Any) -> EvaluateConfig:
     family = {"name": "family", "num_tasks": 6}
     return EvaluateConfig.model_validate(
-        {"out": out, "benchmarks": [family], "sweep": SWEEP, "tasks_per_part": 4, **settings}
+        {
+            "out": out,
+            "benchmarks": [family],
+            "sweep": SWEEP,
+            "tasks_per_part": 4,
+            "tracking_uri": f"sqlite:///{out}/mlflow.db",
+            **settings,
+        }
     )
 
 

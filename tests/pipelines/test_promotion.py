@@ -157,7 +157,7 @@ def test_the_alias_follows_the_rule_and_the_version_says_why(
         (["unheard-of"], ["models:/unheard-of@candidate", "models:/story@champion"]),
         (["story", "--candidate", "99"], ["models:/story/99", "models:/story/1"]),
         (["story", "--accept", "everything"], ["accept", "'nothing', 'quality', 'speed' or 'both'"]),
-        (["story", "extra"], ["story extra", "NAME"]),
+        (["story", "extra"], ["story and extra", "NAME"]),
     ],
 )
 def test_mistakes_are_one_line(
