@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from fewstep.actors.replica import ReplicaSettings
@@ -15,8 +16,9 @@ from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import Verifier, VerifierPool
 from fewstep.kernels.model.checkpoint import load_model, load_tokenizer
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.pipelines.baseline import SLOT, Baseline, open_baseline
 from fewstep.pipelines.evaluation import (
-    Measured,
+    Contender,
     Prepared,
     Subject,
     measure_policy,
@@ -46,10 +48,12 @@ from fewstep.pipelines.tasks.benchmarks import load_benchmark
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
 from fewstep.platform.config import render_config
 from fewstep.platform.errors import TaskFileError
+from fewstep.platform.records import DecodePolicy
+from fewstep.platform.tracking import Tracker
 
 OpenEngine = Callable[[Subject], AbstractContextManager[Generate]]
 # Where the answers are computed and kept changes none of them.
-_FREE = ("out", "resume", "tracking_uri", "experiment", "num_replicas", "replica_cpus", "max_sequences", "num_verifiers", "k", "model", "compare")  # fmt: skip
+_FREE = ("out", "resume", "tracking_uri", "experiment", "num_replicas", "replica_cpus", "max_sequences", "num_verifiers", "k", "model", "compare", "baseline")  # fmt: skip
 
 
 def run(config: EvaluateConfig) -> None:
@@ -74,8 +78,9 @@ def run(config: EvaluateConfig) -> None:
         with ReplicaPool(subject.folder, config.num_replicas, run_id="evaluate", settings=settings) as pool:
             yield pool.generate
 
+    baseline = None if config.baseline is None else open_baseline(config.baseline, config.max_sequences)
     with VerifierPool(config.num_verifiers) as verifier:
-        evaluate(config, subjects, benchmarks, engine, verifier, verifier.isolation)
+        evaluate(config, subjects, benchmarks, engine, verifier, verifier.isolation, baseline)
 
 
 def evaluate(
@@ -85,43 +90,63 @@ def evaluate(
     engine: OpenEngine,
     verifier: Verifier,
     isolation: str,
+    baseline: Baseline | None = None,
 ) -> Results:
     """The whole measurement, from where an earlier one in `config.out` was interrupted.
 
     Args:
         engine: a context per model that gives what turns requests into trajectories.
+        baseline: measured last, on every benchmark but infilling, which it cannot do.
     """
     started = time.monotonic()
-    benchmarks, prepared = plan(config, subjects, benchmarks, verifier)
-    results = Results(subjects, {benchmark.name: benchmark for benchmark in benchmarks}, isolation)
-    begin(config, subjects, benchmarks)
-    measured: dict[tuple[str, str], list[Measured]] = {}
-    with open_tracker(config, subjects, benchmarks) as tracker:
+    contenders: list[Contender] = [*subjects, *([] if baseline is None else [baseline])]
+    benchmarks, prepared = plan(config, contenders, benchmarks, verifier)
+    results = Results(subjects, {benchmark.name: benchmark for benchmark in benchmarks}, isolation, baseline)
+    begin(config, contenders, benchmarks)
+    with open_tracker(config, contenders, benchmarks) as tracker:
+        measure = partial(_measure, config, prepared, results, verifier, tracker)
         for subject in subjects if benchmarks else ():
             with engine(subject) as generate:
-                for benchmark in benchmarks:
-                    print(f"{subject.address} on {benchmark.name}, {len(benchmark.tasks)} tasks", flush=True)
-                    tasks = prepared[subject.slot, benchmark.name]
-                    found = [
-                        measure_policy(subject, benchmark, tasks, policy, config, generate, verifier)
-                        for policy in policies(config)
-                    ]
-                    measured[subject.slot, benchmark.name] = found
-                    frontier = summarise_frontier(found, benchmark, config.k)
-                    results.add(benchmark.name, subject.slot, frontier, found)
-                    log_frontier(tracker, benchmark.name, subject.slot, frontier)
+                measure(subject, generate, policies(config))
+        if baseline is not None:
+            measure(baseline, baseline.engine.generate, policies(config)[:1])
         for choice in config.benchmarks:
             if choice.name == "repair":
                 _repair(config, choice, subjects, results, verifier)
                 for slot, summaries in results.repairs.items():
                     log_repair(tracker, slot, summaries)
         if config.compare is not None:
-            _compare(results, measured)
+            _compare(results)
             for name, comparisons in results.comparisons.items():
                 log_comparison(tracker, name, comparisons)
         _conclude(config, results, time.monotonic() - started)
         log_report(tracker, config)
     return results
+
+
+def _measure(
+    config: EvaluateConfig,
+    prepared: Mapping[tuple[str, str], Sequence[Prepared]],
+    results: Results,
+    verifier: Verifier,
+    tracker: Tracker,
+    contender: Contender,
+    generate: Generate,
+    chosen: Sequence[DecodePolicy],
+) -> None:
+    """One contender on every benchmark that it was prepared for."""
+    for name, benchmark in results.benchmarks.items():
+        tasks = prepared.get((contender.slot, name))
+        if tasks is None:
+            continue
+        print(f"{contender.address} on {name}, {len(tasks)} tasks", flush=True)
+        found = [
+            measure_policy(contender, benchmark, tasks, policy, config, generate, verifier)
+            for policy in chosen
+        ]
+        frontier = summarise_frontier(found, benchmark, config.k)
+        results.add(name, contender.slot, frontier, found)
+        log_frontier(tracker, name, contender.slot, frontier)
 
 
 def open_subjects(config: EvaluateConfig) -> list[Subject]:
@@ -151,19 +176,27 @@ def open_subjects(config: EvaluateConfig) -> list[Subject]:
 
 
 def plan(
-    config: EvaluateConfig, subjects: Sequence[Subject], benchmarks: Sequence[Benchmark], verifier: Verifier
+    config: EvaluateConfig,
+    contenders: Sequence[Contender],
+    benchmarks: Sequence[Benchmark],
+    verifier: Verifier,
 ) -> tuple[list[Benchmark], dict[tuple[str, str], list[Prepared]]]:
     """What can be measured: tasks in a language that runs here and within the context of every model.
 
     Returns:
-        The benchmarks without the rest, each row of which is listed with its reason; the tasks in each model's tokens.
+        The benchmarks without the rest, each row of which is listed with its reason; the tasks in each model's tokens,
+        by slot and benchmark: none of infilling for the baseline.
     Raises:
         TaskFileError: nothing of a benchmark is left.
     """
     planned, prepared = [], {}
     for benchmark in benchmarks:
         benchmark = without(benchmark, unrunnable(benchmark.tasks, verifier))
-        ready = {subject.slot: prepare(subject, benchmark, config) for subject in subjects}
+        ready = {
+            contender.slot: prepare(contender, benchmark, config)
+            for contender in contenders
+            if not (benchmark.infill and contender.slot == SLOT)
+        }
         too_long = {one.task_id: one for _, excluded in ready.values() for one in excluded}
         benchmark = without(benchmark, list(too_long.values()))
         if excluded := exclusions_text(benchmark):
@@ -178,20 +211,20 @@ def plan(
     return planned, prepared
 
 
-def begin(config: EvaluateConfig, subjects: Sequence[Subject], benchmarks: Sequence[Benchmark]) -> None:
+def begin(config: EvaluateConfig, contenders: Sequence[Contender], benchmarks: Sequence[Benchmark]) -> None:
     """Makes `config.out` ready: for going on, if it holds the same evaluation, else from the start.
 
     Raises:
         ConfigError: it holds another one.
     """
     same = config.model_dump(mode="json", exclude=set(_FREE))
-    weights = [subject.weights_sha256 for subject in subjects]
+    weights = [contender.weights_sha256 for contender in contenders]
     data = [(benchmark.digest, len(benchmark.tasks)) for benchmark in benchmarks]
     fingerprint = json.dumps([same, weights, data], sort_keys=True)
     config.out.mkdir(parents=True, exist_ok=True)
     if read_progress(config.out, fingerprint, resume=config.resume) is None:
         shutil.rmtree(config.out / "trajectories", ignore_errors=True)
-        write_progress(config.out, fingerprint, {"models": [subject.identity for subject in subjects]})
+        write_progress(config.out, fingerprint, {"models": [contender.identity for contender in contenders]})
     elif (config.out / "trajectories").is_dir():
         print(f"going on with what {config.out} holds", flush=True)
     atomic_write_text(config.out / "config.yaml", render_config(config))
@@ -216,11 +249,11 @@ def _repair(
         results.repair_tests = compare_repairs(*results.repairs.values())
 
 
-def _compare(results: Results, measured: dict[tuple[str, str], list[Measured]]) -> None:
+def _compare(results: Results) -> None:
     for name in results.benchmarks:
         summaries = [results.frontiers[name][slot] for slot in ("first", "second")]
         results.comparisons[name] = compare_models(
-            measured["first", name], measured["second", name], summaries, name
+            results.measured["first", name], results.measured["second", name], summaries, name
         )
 
 

@@ -34,13 +34,13 @@ MAX_SANDBOX_ERRORS = 0.05
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model under test.
+class Contender:
+    """What answers: a model under test, or the baseline it is held against.
 
     Attributes:
         address: as the user gave it; `pinned` is what it stood for when the evaluation started.
         weights_sha256: digest of the weights.
-        slot: its folder below the run's, `model` or, where two are compared, `first` and `second`.
+        slot: its folder below the run's: `model`; `first` and `second` where two are compared; `baseline`.
     """
 
     address: str
@@ -48,14 +48,37 @@ class Subject:
     folder: Path
     weights_sha256: str
     slot: str
-    model: ModelConfig
     tokenizer: Tokenizer
     chat: ChatTemplate
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError where it cannot be asked this."""
+        raise NotImplementedError
+
+    def seen(self, suffix_ids: tuple[int, ...], _behind: int) -> tuple[int, ...]:
+        """What it can see of a suffix that stands behind so many tokens."""
+        return suffix_ids
 
     @property
     def identity(self) -> dict[str, str]:
         """What a report says of it."""
         return {"address": self.address, "pinned": self.pinned, "weights_sha256": self.weights_sha256}
+
+
+@dataclass(frozen=True)
+class Subject(Contender):
+    """A diffusion model under test."""
+
+    model: ModelConfig
+
+    def check(self, request: Request) -> None:
+        request.validate(self.model)
+
+    def seen(self, suffix_ids: tuple[int, ...], behind: int) -> tuple[int, ...]:
+        """All of it; of a block-causal model what shares the last mask's block."""
+        if self.model.attention_kind != "block_causal":
+            return suffix_ids
+        return suffix_ids[: -behind % self.model.block_size]
 
 
 @dataclass(frozen=True)
@@ -109,14 +132,14 @@ class Measured:
 
 
 def prepare(
-    subject: Subject, benchmark: Benchmark, config: EvaluateConfig
+    subject: Contender, benchmark: Benchmark, config: EvaluateConfig
 ) -> tuple[list[Prepared], list[Exclusion]]:
     """The tasks in the model's tokens, and those that its context is too short for."""
     ready, excluded = [], []
     for task in benchmark.tasks:
         prepared = _prepared(subject, benchmark, task, config)
         try:
-            _request(prepared, SEQUENTIAL, "0").validate(subject.model)
+            subject.check(_request(prepared, SEQUENTIAL, "0"))
         except RequestError as error:
             excluded.append(Exclusion(task.task_id, f"{error.field}: {error.got}; allowed: {error.allowed}"))
         else:
@@ -124,7 +147,7 @@ def prepare(
     return ready, excluded
 
 
-def _prepared(subject: Subject, benchmark: Benchmark, task: Task, config: EvaluateConfig) -> Prepared:
+def _prepared(subject: Contender, benchmark: Benchmark, task: Task, config: EvaluateConfig) -> Prepared:
     prompt, tokenizer = task.prompt, subject.tokenizer
     if benchmark.chat:
         prompt = subject.chat.render([Message(role="user", content=prompt)])
@@ -137,9 +160,7 @@ def _prepared(subject: Subject, benchmark: Benchmark, task: Task, config: Evalua
         tokenizer.encode(task.canonical_solution, add_special_tokens=False).ids
     )
     suffix_ids = tuple(tokenizer.encode(task.suffix, add_special_tokens=False).ids)
-    if subject.model.attention_kind == "block_causal":
-        # All that such a model sees of a suffix: what shares the last mask's block.
-        suffix_ids = suffix_ids[: -(len(prompt_ids) + max(1, hole)) % subject.model.block_size]
+    suffix_ids = subject.seen(suffix_ids, len(prompt_ids) + max(1, hole))
     return Prepared(task, prompt_ids, suffix_ids, max(1, hole), stop)
 
 
@@ -152,7 +173,7 @@ def policies(config: EvaluateConfig) -> list[DecodePolicy]:
 
 
 def measure_policy(
-    subject: Subject,
+    subject: Contender,
     benchmark: Benchmark,
     prepared: Sequence[Prepared],
     policy: DecodePolicy,
@@ -192,7 +213,7 @@ def _answer_part(
     part: Sequence[Prepared],
     policy: DecodePolicy,
     config: EvaluateConfig,
-    subject: Subject,
+    subject: Contender,
     generate: Generate,
     verifier: Verifier,
 ) -> None:
@@ -235,7 +256,7 @@ def _pairs(part: Sequence[Prepared], rollouts: Sequence[Rollout]) -> list[tuple[
 
 
 def _row(
-    subject: Subject,
+    subject: Contender,
     benchmark: Benchmark,
     policy: DecodePolicy,
     config: EvaluateConfig,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.pipelines.evaluation_settings import BASELINE_MARK
 from fewstep.pipelines.evaluation_summary import FrontierSummary, PolicySummary
 from fewstep.pipelines.figures import AFTER, BEFORE, INK, new_figure, policy_label, save_figure, style_axes
 from fewstep.pipelines.repair import RepairSummary
@@ -56,8 +57,10 @@ def _title(benchmark: str, models: Mapping[str, FrontierSummary]) -> str:
     return f"{benchmark}, {count} tasks; AUP {areas}"
 
 
-def _colours(count: int) -> tuple[str, ...]:
-    return (AFTER,) if count == 1 else (BEFORE, AFTER)
+def _colours(names: Sequence[str]) -> tuple[str, ...]:
+    """One a model; the baseline, which stands last, in the ink's."""
+    models = [name for name in names if not name.endswith(BASELINE_MARK)]
+    return ((AFTER,) if len(models) == 1 else (BEFORE, AFTER)) + (INK,) * (len(names) - len(models))
 
 
 def _draw_models(
@@ -66,7 +69,7 @@ def _draw_models(
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="white")]
-    for (name, frontier), colour in zip(models.items(), _colours(len(models)), strict=True):
+    for (name, frontier), colour in zip(models.items(), _colours(list(models)), strict=True):
         kept = sorted((one for one in frontier.policies if not one.dominated), key=cost)
         axes.plot(
             [cost(one) for one in kept],
@@ -121,7 +124,7 @@ def _cost_axis(axes: Any, label: str, *, log: bool) -> None:
 def _draw_repair(axes: Any, repairs: Mapping[str, Sequence[RepairSummary]]) -> None:
     first = next(iter(repairs.values()))
     style_axes(axes, f"repair of corrupted answers, {len(first[0].per_task)} tasks")
-    for (name, summaries), colour in zip(repairs.items(), _colours(len(repairs)), strict=True):
+    for (name, summaries), colour in zip(repairs.items(), _colours(list(repairs)), strict=True):
         edits = [one for one in summaries if one.threshold is not None]
         xs = [one.threshold for one in edits]
         ys = [one.passed.value for one in edits]

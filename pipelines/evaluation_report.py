@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fewstep.pipelines.evaluation import Answer, Measured, Subject
+from fewstep.pipelines.evaluation import Answer, Contender, Measured, Subject
 from fewstep.pipelines.evaluation_settings import EvaluateConfig
 from fewstep.pipelines.evaluation_summary import FrontierSummary, PolicyComparison
 from fewstep.pipelines.evaluation_table import summary_table
@@ -30,7 +30,7 @@ class Results:
     """Everything that has been measured.
 
     Attributes:
-        frontiers: benchmark to slot to the model's frontier.
+        frontiers: benchmark to slot to the model's frontier; measured: slot and benchmark to what that came from.
         comparisons: benchmark to the tests between the two models.
         repairs: slot to its repair; repair_tests: between the two.
     """
@@ -38,7 +38,9 @@ class Results:
     subjects: list[Subject]
     benchmarks: dict[str, Benchmark]
     isolation: str
+    baseline: Contender | None = None
     frontiers: dict[str, dict[str, FrontierSummary]] = field(default_factory=dict)
+    measured: dict[tuple[str, str], Sequence[Measured]] = field(default_factory=dict)
     comparisons: dict[str, list[PolicyComparison]] = field(default_factory=dict)
     repairs: dict[str, list[RepairSummary]] = field(default_factory=dict)
     repair_tests: dict[str, PairedTest] = field(default_factory=dict)
@@ -47,11 +49,17 @@ class Results:
     def add(self, benchmark: str, slot: str, frontier: FrontierSummary, measured: Sequence[Measured]) -> None:
         """Takes in one model's frontier on one benchmark."""
         self.frontiers.setdefault(benchmark, {})[slot] = frontier
+        self.measured[slot, benchmark] = measured
         self.answers += [answer for one in measured for answer in one.answers]
+
+    @property
+    def contenders(self) -> list[Contender]:
+        """The models, and the baseline if there is one."""
+        return [*self.subjects, *([] if self.baseline is None else [self.baseline])]
 
     def named(self, by_slot: Mapping[str, Any]) -> dict[str, Any]:
         """The same with the models' addresses as keys, told apart where they are equal."""
-        names = {subject.slot: subject.address for subject in self.subjects}
+        names = {contender.slot: contender.address for contender in self.contenders}
         if len(set(names.values())) < len(names):
             names = {slot: f"{slot}: {name}" for slot, name in names.items()}
         return {names[slot]: value for slot, value in by_slot.items()}
@@ -60,7 +68,7 @@ class Results:
 def report_record(config: EvaluateConfig, results: Results, seconds: float) -> dict[str, Any]:
     """The report as JSON."""
     return {
-        "models": {subject.slot: subject.identity for subject in results.subjects},
+        "models": {contender.slot: contender.identity for contender in results.contenders},
         "benchmarks": {
             name: {
                 **_benchmark_record(benchmark),

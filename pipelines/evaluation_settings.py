@@ -24,6 +24,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 _CHAT = ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus", "livecodebench", "bigcodebench", "canitedit", "exercism", "codeio")  # fmt: skip
 
 
+BASELINE_MARK = "(autoregressive)"
+"""Ends the name of a baseline in tables and figures."""
+
+
 class BenchmarkChoice(Config):
     """One benchmark; `name` or `name:path` where nothing else is set."""
 
@@ -96,6 +100,9 @@ class EvaluateConfig(Config):
     """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
     compare: tuple[str, str] | None = None
     """Two models instead of one: the same tasks, tested in pairs."""
+    baseline: Path | None = None
+    """Folder of an autoregressive model in Hugging Face's layout: the same tasks, one token a forward, through
+    transformers (`pip install 'fewstep[baseline]'`). null = none."""
     tracking_uri: str = ""
     """MLflow store of the run, and of models:/ addresses; empty = MLFLOW_TRACKING_URI, else the project's."""
     experiment: str = "fewstep"

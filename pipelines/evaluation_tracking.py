@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fewstep.pipelines.evaluation import Subject
+from fewstep.pipelines.evaluation import Contender
 from fewstep.pipelines.evaluation_settings import EvaluateConfig
 from fewstep.pipelines.evaluation_summary import FrontierSummary, PolicyComparison
 from fewstep.pipelines.repair import RepairSummary
@@ -19,7 +19,7 @@ REPORT_FILES = ("report.json", "report.md", "answers.parquet", "config.yaml")
 
 @contextmanager
 def open_tracker(
-    config: EvaluateConfig, subjects: Sequence[Subject], benchmarks: Sequence[Benchmark]
+    config: EvaluateConfig, contenders: Sequence[Contender], benchmarks: Sequence[Benchmark]
 ) -> Iterator[MlflowTracker]:
     """The evaluation's run, with what it is about: which models, as they were when it started, on which data."""
     tracker = MlflowTracker(
@@ -27,9 +27,9 @@ def open_tracker(
         experiment=config.experiment,
         run_name=f"evaluate-{config.out.name}",
         tags={
-            f"fewstep.evaluated.{subject.slot}.{key}": value
-            for subject in subjects
-            for key, value in subject.identity.items()
+            f"fewstep.evaluated.{contender.slot}.{key}": value
+            for contender in contenders
+            for key, value in contender.identity.items()
         },
         description="Quality and speed over decode policies: " + ", ".join(one.name for one in benchmarks),
     )

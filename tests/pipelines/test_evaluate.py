@@ -20,6 +20,7 @@ from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import embedded_model, load_model, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer
+from fewstep.pipelines.baseline import open_baseline
 from fewstep.pipelines.evaluate import evaluate, open_subjects, plan, prove, run
 from fewstep.pipelines.evaluation import Subject, policies, prepare
 from fewstep.pipelines.evaluation_report import Results
@@ -95,7 +96,8 @@ def counting(calls: list[int], stop_after: int | None = None, hook: Callable[[],
 
 def measure(config: EvaluateConfig, verifier: LocalVerifier, opened: Any = engine) -> Results:
     benchmarks = [load_benchmark(choice) for choice in config.benchmarks if choice.name != "repair"]
-    return evaluate(config, open_subjects(config), benchmarks, opened, verifier, verifier.isolation)
+    baseline = None if config.baseline is None else open_baseline(config.baseline, config.max_sequences)
+    return evaluate(config, open_subjects(config), benchmarks, opened, verifier, verifier.isolation, baseline)
 
 
 def config_for(out: Path, **settings: Any) -> EvaluateConfig:
