@@ -26,7 +26,7 @@ class DemoConfig(Config):
     """The main job, sized for two cores and a quarter of an hour."""
 
     out: Path = Path("runs/demo")
-    """Everything the demo writes: report.json, figures, model, trajectories and the MLflow store."""
+    """What the demo writes: report.json, figures, model, trajectories; its run goes to the project's MLflow store."""
     keep_serving: bool = False
     """Stay up and serve after the report, until Ctrl-C."""
     port: int = Field(default=0, ge=0, le=65535)
