@@ -108,7 +108,7 @@ def refine(
         metrics |= rollout_metrics(credits) | clock.seconds() | {"rollout/threshold": progress.threshold}
         log_traces(
             tracker, {task.task_id: task.prompt for task in tasks}, credits, clock.windows, seed=config.seed,
-            step=progress.step, count=config.traces_per_step,
+            step=progress.step, per_step=config.traces_per_step,
         )  # fmt: skip
         advance(config, progress, metrics, time.monotonic() - started)
         tracker.log_metrics(metrics | spread(credits), progress.step)

@@ -50,7 +50,7 @@ MODEL_FAMILY = "block-diffusion"
 # Where and how a run is recorded is no part of what it computes.
 UNTRACKED = {
     "tracking_uri": None, "require_tracking": True, "experiment": "", "register_as": "", "keep_models": 1,
-    "traces_per_step": 0,
+    "traces_per_step": 0.0,
 }  # fmt: skip
 
 

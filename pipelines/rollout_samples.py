@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,16 +24,16 @@ GENERATE, EXTRACT, VERIFY, CREDIT = "generate", "extract", "verify", "credit"
 
 def log_traces(
     tracker: Tracker, prompts: Mapping[str, str], credits: Sequence[Credit], windows: Windows, *, seed: int, step: int,
-    count: int,
+    per_step: float,
 ) -> None:  # fmt: skip
-    """Logs the traces of `count` of a step's rollouts, drawn by (seed, step).
+    """Logs the traces of `per_step` of a step's rollouts on average, evenly over the steps, drawn by (seed, step).
 
     Args:
         prompts: task id to prompt.
         credits: of all the step's rollouts.
         windows: when each stage of the whole batch began and ended.
     """
-    chosen = generator("traces", seed, step).permutation(len(credits))[:count]
+    chosen = generator("traces", seed, step).permutation(len(credits))[: num_traces(step, per_step)]
     for index in chosen.tolist():
         rollout, reward = credits[index].rollout, credits[index].reward
         tags = {
@@ -40,6 +41,11 @@ def log_traces(
             "outcome": rollout.verdict.outcome,
         }  # fmt: skip
         tracker.log_trace(rollout_trace(rollout, prompts[rollout.task_id], reward, windows, tags))
+
+
+def num_traces(step: int, per_step: float) -> int:
+    """How many rollouts of a step are traced, at so many a step on average; the first step has one at any rate."""
+    return math.ceil((step + 1) * per_step) - math.ceil(step * per_step)
 
 
 def rollout_trace(

@@ -168,8 +168,8 @@ class RefineConfig(Config):
     """Steps between two checkpoints; each is a logged model with its metrics."""
     keep_models: int = Field(default=2, ge=1)
     """Checkpoints whose weights stay in `out`/models, the newest ones."""
-    traces_per_step: int = Field(default=1, ge=0)
-    """Rollouts of a step, drawn at random, that are traced stage by stage; 0 = none."""
+    traces_per_step: float = Field(default=0.25, ge=0.0)
+    """Rollouts of a step, drawn at random, that are traced stage by stage: 0.25 = one in every fourth step; 0 = none."""
     resume: bool = True
     """Go on from the checkpoint in `out`; the configuration must be the same."""
     tracking_uri: str | None = None

@@ -1,7 +1,7 @@
 """A background thread that brings a run's entries to its store, so that a training step never waits for one.
 
 One write costs 6 ms of processor time on sqlite and up to 100 ms over HTTP (MLflow 3.17, two cores), ten steps' metrics
-in one call 19 ms: entries are therefore left to gather for a moment. A store that fails is tried again for as long
+in one call 19 ms: entries are therefore left to gather for some seconds. A store that fails is tried again for as long
 as the run goes on; what it has not taken by the end stays in the spool.
 """
 
@@ -48,7 +48,7 @@ class Courier:
     """
 
     def __init__(
-        self, spool: Spool, delivery: Delivers, *, interval_s: float = 2.0, retry_s: float = 2.0
+        self, spool: Spool, delivery: Delivers, *, interval_s: float = 5.0, retry_s: float = 2.0
     ) -> None:
         self._spool, self._delivery = spool, delivery
         self._interval_s, self._retry_s = interval_s, retry_s

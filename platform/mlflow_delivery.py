@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Delivery:
         self.uri, self._spool = uri, spool
         self._client: Any = None
         self._faults: tuple[int, int] = (-1, 0)  # the entry that failed last, and how often
+        self._told_ahead: set[int] = set()  # metrics that went out before their turn
         self.experiment_id = self.run_id = ""
         self.resumed = False
         self.last_steps: dict[str, int] = {}
@@ -73,24 +75,17 @@ class Delivery:
             Refused: the store will never take the first entry; a user's mistake is its cause.
         """
         first = entries[0]
-        batch = [first]
-        if first.kind == "metrics":
-            for entry in entries[1:]:
-                if entry.kind != "metrics":
-                    break
-                batch.append(entry)
         try:
             if first.kind == "metrics":
-                self._metrics(batch)
-            else:
-                getattr(self, f"_{first.kind}")(first)
+                return self._metrics(entries)
+            getattr(self, f"_{first.kind}")(first)
+            return 1
         except ConfigError as error:
             raise Refused(str(error)) from error
         except ResourceError:
             raise
         except Exception as error:
             raise self._translated(first, error) from error
-        return len(batch)
 
     def _translated(self, entry: Entry, error: Exception) -> Exception:
         """A failure of the store as ResourceError, anything that a repetition cannot heal as Refused."""
@@ -162,7 +157,26 @@ class Delivery:
         for start in range(0, len(rows), _PARAMS_PER_CALL):
             self.client.log_batch(self.run_id, params=rows[start : start + _PARAMS_PER_CALL])
 
-    def _metrics(self, batch: Sequence[Entry]) -> None:
+    def _metrics(self, entries: Sequence[Entry]) -> int:
+        """Tells the metrics at the front, and in the same call those that only traces part from them: a step logs both,
+        and a call costs as much as ten steps' metrics do. Returns how many entries at the front are told."""
+        if entries[0].number not in self._told_ahead:
+            near = list(takewhile(lambda entry: entry.kind in ("metrics", "trace"), entries))
+            batch = [entry for entry in near if entry.kind == "metrics"]
+            try:
+                self._log_metrics(batch)
+            except Exception as error:
+                if len(batch) == 1 or not isinstance(self._translated(entries[0], error), Refused):
+                    raise
+                # Only one of them may be to blame: each is told by itself, starting with the first.
+                batch = batch[:1]
+                self._log_metrics(batch)
+            self._told_ahead.update(entry.number for entry in batch)
+        told = list(takewhile(lambda entry: entry.number in self._told_ahead, entries))
+        self._told_ahead.difference_update(entry.number for entry in told)
+        return len(told)
+
+    def _log_metrics(self, batch: Sequence[Entry]) -> None:
         entities = import_mlflow("mlflow.entities")
         rows = [
             entities.Metric(key, value, entry.payload["time_ms"], entry.payload["step"])

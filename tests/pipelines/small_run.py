@@ -45,7 +45,8 @@ def small_config(out: Path, uri: str, **changes: object) -> RefineConfig:
     """Two steps, twelve held-out tasks."""
     values: dict[str, object] = {
         "out": out, "tracking_uri": uri, "steps": 2, "prompts_per_step": 4, "group_size": 2, "updates_per_step": 1,
-        "trainer": {"num_ranks": 1}, "num_eval_tasks": 12, "sweep": Sweep(thresholds=(0.9, 0.3), tokens_per_step=()),
+        "trainer": {"num_ranks": 1}, "num_eval_tasks": 12, "traces_per_step": 1.0,
+        "sweep": Sweep(thresholds=(0.9, 0.3), tokens_per_step=()),
         **changes,
     }  # fmt: skip
     return RefineConfig.model_validate(values)

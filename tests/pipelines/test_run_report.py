@@ -14,6 +14,7 @@ from tests.pipelines.small_run import small_config, small_run
 
 from fewstep.__main__ import main
 from fewstep.pipelines.refine_report import RefineResult
+from fewstep.pipelines.rollout_samples import num_traces
 from fewstep.pipelines.run_figures import telling_tasks
 from fewstep.pipelines.run_record import config_difference, folder_record, load_run
 from fewstep.platform.errors import ConfigError
@@ -268,3 +269,14 @@ def test_films_show_a_right_answer_one_made_right_and_one_made_wrong(
     assert telling_tasks(before, after) == [0, 1, 2]  # type: ignore[arg-type]
     wrong = judged(iter(["timeout"] * 4))
     assert telling_tasks(wrong, wrong) == [0]  # type: ignore[arg-type]
+
+
+def test_traces_are_spread_evenly_over_the_steps() -> None:
+    rate, drawn = 0.3, []
+    for step in range(20):
+        drawn.append(num_traces(step, rate))
+    assert sum(drawn) == 6
+    assert set(drawn) == {0, 1}
+    assert drawn[0] == 1
+    assert [num_traces(step, 2.0) for step in range(3)] == [2, 2, 2]
+    assert num_traces(5, 0.0) == 0

@@ -236,3 +236,46 @@ def test_a_store_that_keeps_failing_on_one_entry_gets_the_next(
         delivery.apply([poison])
     assert delivery.apply([entry("tags", {"a": "b"})]) == 1
     spool.close()
+
+
+def test_metrics_pass_the_traces_between_them_and_are_told_once(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(tmp_path / "spool")
+    run = {"experiment": "passing", "name": "n", "key": "passing", "start_ms": START_MS, "tags": {}}
+    spool.append("run", run)
+    now = time.time_ns()
+    for step in range(4):
+        trace = RolloutTrace("p", "c", (Span("rollout", now, now + 5),), {"step": str(step)})
+        spool.append("trace", trace_payload(trace))
+        spool.append("metrics", {"values": {"a": step}, "step": step, "time_ms": START_MS + step})
+    spool.append("tags", {"late": "yes"})
+    spool.append("metrics", {"values": {"a": 4}, "step": 4, "time_ms": START_MS + 4})
+    delivery = Delivery(uri, spool)
+    calls: list[int] = []
+    log_batch = delivery.client.log_batch
+
+    def counted(run_id: str, metrics: Any = (), **rest: Any) -> None:
+        calls.append(len(metrics))
+        log_batch(run_id, metrics=metrics, **rest)
+
+    monkeypatch.setattr(delivery.client, "log_batch", counted)
+    assert deliver(spool, delivery) == 11
+    assert calls == [4, 0, 1]  # what stands behind another kind of entry waits for it
+    history = delivery.client.get_metric_history(delivery.run_id, "a")
+    assert [(point.step, point.value) for point in history] == [(step, step) for step in range(5)]
+    assert len(delivery.client.search_traces([delivery.experiment_id])) == 4
+    spool.close()
+
+
+def test_one_bad_entry_takes_no_other_metrics_with_it(uri: str, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.append("run", {"experiment": "bad", "name": "n", "key": "bad", "start_ms": START_MS, "tags": {}})
+    for step, name in enumerate(["a", "b", "no/../way", "c", "d"]):
+        spool.append("metrics", {"values": {name: 1.0}, "step": step, "time_ms": START_MS + step})
+    delivery = Delivery(uri, spool)
+    deliver(spool, delivery)
+    assert len(spool.refused()) == 1
+    assert "way" in spool.refused()[0]
+    assert set(delivery.client.get_run(delivery.run_id).data.metrics) == {"a", "b", "c", "d"}
+    spool.close()
