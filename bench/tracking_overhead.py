@@ -1,7 +1,7 @@
 """What tracking costs a refine step: `python bench/tracking_overhead.py`.
 
 The loop of `fewstep refine` with its real replicas, sandbox and trainer, in windows of equal steps: tracked in MLflow (a
-sqlite store, a trace a step, spreads, a logged checkpoint a window, system metrics) and not tracked, in turns ABBA. The
+sqlite store, traces as sampled by default, spreads, a logged checkpoint a window, system metrics) and not tracked, in turns ABBA. The
 learning rate is 1e-12, so every window rolls out the same tasks with the same weights, draws the same numbers and does
 the same work. A tracked window lasts until its records are in the store, though in a run the next step hides that.
 
