@@ -8,11 +8,15 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fewstep.actors.engine.request import Request
 from fewstep.actors.weight_sync.base import Echo, Payload
+from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.records import WeightVersion
+
+if TYPE_CHECKING:
+    import torch
 
 TransportName = Literal["auto", "shared_memory", "object_store"]
 
@@ -23,6 +27,8 @@ class ReplicaSettings:
 
     Attributes:
         max_sequences: requests that share a forward of one replica.
+        dtype: to compute in. Replicas that take pushes need the trainer's, whatever the type on disk: a push is proved by
+            the checksum of the receiver's tensors.
         num_cpus: logical CPUs reserved for each.
         min_chunk: requests handed out at once, at least.
         transport: how weights travel; auto = shared memory if every replica is on this node.
@@ -34,6 +40,7 @@ class ReplicaSettings:
     """
 
     max_sequences: int = 64
+    dtype: ComputeDtype = "saved"
     num_cpus: float = 1.0
     min_chunk: int = 8
     transport: TransportName = "auto"
@@ -43,6 +50,17 @@ class ReplicaSettings:
     start_timeout_s: float = 180.0
     push_deadline_s: float = 60.0
     max_restarts: int = 3
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """As `load_model` takes it; None = as saved."""
+        import torch
+
+        return (
+            None
+            if self.dtype == "saved"
+            else {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Replica:
         from fewstep.kernels.model.checkpoint import load_model, state_checksum
 
         torch.set_num_threads(1)
-        model, tokenizer = load_model(model_folder)
+        model, tokenizer = load_model(model_folder, settings.torch_dtype)
         version = WeightVersion(run_id, 0, state_checksum(model.state_dict()))
         self._engine = Engine(model, tokenizer, max_sequences=settings.max_sequences, weight_version=version)
         self._lock = threading.Lock()

@@ -64,7 +64,7 @@ class ReplicaPool:
         self._ray: Any = ray
         self.settings = settings or ReplicaSettings()
         self.model_folder, self.run_id = Path(model_folder).resolve(), run_id
-        model, _ = load_model(self.model_folder)
+        model, _ = load_model(self.model_folder, self.settings.torch_dtype)
         self.config: ModelConfig = model.config
         require_room("replicas", num_replicas, self.settings.num_cpus)
         self._actor_class: Any = self._ray.remote(

@@ -99,7 +99,9 @@ def opened(steps: int, folder: Path) -> Iterator[Bench]:
     model = ModelConfig.load(source)
     with ExitStack() as stack:
         stack.enter_context(ray_session(num_cpus=2, need={"CPU": config.total_cpus}))
-        settings = ReplicaSettings(max_sequences=config.max_sequences, num_cpus=config.replica_cpus)
+        settings = ReplicaSettings(
+            max_sequences=config.max_sequences, num_cpus=config.replica_cpus, dtype="float32"
+        )
         pool = stack.enter_context(
             ReplicaPool(source, config.num_replicas, run_id="bench", settings=settings)
         )

@@ -71,7 +71,9 @@ def run(config: EvaluateConfig) -> None:
             prove(config, benchmarks, verifier, verifier.isolation)
         return
     subjects = open_subjects(config)
-    settings = ReplicaSettings(max_sequences=config.max_sequences, num_cpus=config.replica_cpus)
+    settings = ReplicaSettings(
+        max_sequences=config.max_sequences, num_cpus=config.replica_cpus, dtype=config.dtype
+    )
 
     @contextmanager
     def engine(subject: Subject) -> Iterator[Generate]:

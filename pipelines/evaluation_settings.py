@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from fewstep.kernels.model.config import ComputeDtype
 from fewstep.pipelines.settings import Sweep
 from fewstep.platform.config import Config
 
@@ -103,6 +104,8 @@ class EvaluateConfig(Config):
     baseline: Path | None = None
     """Folder of an autoregressive model in Hugging Face's layout: the same tasks, one token a forward, through
     transformers (`pip install 'fewstep[baseline]'`). null = none."""
+    dtype: ComputeDtype = "saved"
+    """What the models under test compute in; saved = as their weights are stored."""
     tracking_uri: str = ""
     """MLflow store of the run, and of models:/ addresses; empty = MLFLOW_TRACKING_URI, else the project's."""
     experiment: str = "fewstep"

@@ -79,7 +79,9 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         )
         for node, sample in nodes.samples():
             tracker.watch(node, sample)
-        settings = ReplicaSettings(max_sequences=config.max_sequences, num_cpus=config.replica_cpus)
+        settings = ReplicaSettings(
+            max_sequences=config.max_sequences, num_cpus=config.replica_cpus, dtype="float32"
+        )
         pool = stack.enter_context(
             ReplicaPool(folder, config.num_replicas, run_id=tracker.run_id, settings=settings)
         )
@@ -103,7 +105,7 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         progress = refine(config, model, tokenizer, objective, workers, tracker, progress, save)
         save(progress)
         after = frontier.measure("after")
-        save_model(config.out / "model", trainer.state(), model, tokenizer)
+        save_model(config.out / "model", trainer.state(), model, tokenizer, source=folder)
         extra = {
             "refine_seconds": progress.seconds,
             "resumed_at_step": saved["step"] if saved else 0,

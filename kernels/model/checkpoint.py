@@ -254,7 +254,8 @@ def _write_weights(
         parts = [_part(state[piece.target], piece) for piece in pieces[name]]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         whole = whole.detach().to("cpu", dtype_of(name)).contiguous()
-        return whole.clone() if name == head else whole  # safetensors refuses two names for one memory
+        # safetensors refuses two names for one memory.
+        return whole.clone() if name == head and config.tie_word_embeddings else whole
 
     write_shards(
         folder,
@@ -271,7 +272,7 @@ def _part(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
 def _copy_other_files(source: Path, target: Path) -> None:
     """Everything of a model folder that is not weights: small files that only the family's own users read."""
     for path in sorted(source.iterdir()):
-        known = path.name in (*MODEL_FILES, INDEX_FILE) or path.suffix in _WEIGHT_SUFFIXES
+        known = path.name in (*MODEL_FILES, INDEX_FILE, "__init__.py") or path.suffix in _WEIGHT_SUFFIXES
         if path.is_file() and not known and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
     if (source / "tokenizer.json").is_file():
