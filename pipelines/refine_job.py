@@ -74,14 +74,11 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
     with ExitStack() as stack:
         nodes = stack.enter_context(OtherNodes())
         facts = _run_facts(config, data, nodes) | dict(tags or {})
-        tracker = stack.enter_context(
-            open_tracker(config, held_out, data, resumed=saved is not None, tags=facts)
-        )
+        resumed = saved is not None
+        tracker = stack.enter_context(open_tracker(config, held_out, data, resumed=resumed, tags=facts))
         for node, sample in nodes.samples():
             tracker.watch(node, sample)
-        settings = ReplicaSettings(
-            max_sequences=config.max_sequences, num_cpus=config.replica_cpus, dtype="float32"
-        )
+        settings = ReplicaSettings(config.max_sequences, "float32", config.replica_cpus)
         pool = stack.enter_context(
             ReplicaPool(folder, config.num_replicas, run_id=tracker.run_id, settings=settings)
         )
