@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fewstep.actors.serving.catalogue import Catalogue
+from fewstep.actors.serving.docs_routes import docs_router
 from fewstep.actors.serving.generation_routes import generation_router
 from fewstep.actors.serving.http_errors import add_error_handlers
 from fewstep.actors.serving.model_routes import health_router, model_router
@@ -24,4 +25,5 @@ def create_app(*services: CompletionService) -> FastAPI:
     app.include_router(health_router(catalogue))
     app.include_router(model_router(catalogue))
     app.include_router(generation_router(catalogue))
+    app.include_router(docs_router(catalogue))
     return app
