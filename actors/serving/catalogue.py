@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fewstep.actors.serving.service import CompletionService, ModelNotFound
@@ -37,11 +38,14 @@ class Catalogue:
 
     def stats(self) -> dict[str, Any]:
         """Counts over all engines, the first model's weight version, and `models`: each one's own."""
-        each = {name: service.host.stats() for name, service in self._services.items()}
-        first = next(iter(each.values()))
-        summed = {key: _sum(each, key) for key, value in first.items() if isinstance(value, int)}
-        return {**summed, "weight_version": first["weight_version"], "models": each}
+        counts = {name: service.host.stats() for name, service in self._services.items()}
+        first = next(iter(counts.values()))
+        summed = {key: _sum(counts, key) for key, value in first.items() if isinstance(value, int)}
+        models = {
+            name: {**stats, "origin": asdict(self._services[name].origin)} for name, stats in counts.items()
+        }
+        return {**summed, "weight_version": first["weight_version"], "models": models}
 
 
-def _sum(each: Mapping[str, Mapping[str, int | str]], key: str) -> int:
-    return sum(int(stats[key]) for stats in each.values())
+def _sum(counts: Mapping[str, Mapping[str, int | str]], key: str) -> int:
+    return sum(int(stats[key]) for stats in counts.values())

@@ -88,11 +88,30 @@ class Call:
     started: float
 
 
-class CompletionService:
-    """Answers calls with one engine."""
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a service are from, and what became of the last attempt to change them.
 
-    def __init__(self, host: EngineHost, model: ServedModel) -> None:
-        self.host, self.model = host, model
+    Attributes:
+        address: `models:/NAME/VERSION`, or a folder.
+        num_swaps: times that other weights took their place.
+        refused: the version that could not, and why; empty = none since the last swap.
+    """
+
+    address: str = ""
+    num_swaps: int = 0
+    refused: str = ""
+
+
+class CompletionService:
+    """Answers calls with one engine.
+
+    Attributes:
+        model, origin: replaced when the weights are.
+    """
+
+    def __init__(self, host: EngineHost, model: ServedModel, origin: Origin = Origin()) -> None:
+        self.host, self.model, self.origin = host, model, origin
         self._prompts = Prompts(model.config, model.tokenizer, model.chat, model.max_tokens)
 
     def entry(self) -> ModelEntry:
@@ -258,4 +277,4 @@ def _revision(update: Update) -> dict[str, int] | None:
 
 def created_of(folder: Path) -> int:
     """Unix time of a model folder's weights, in seconds."""
-    return int((folder / "model.safetensors").stat().st_mtime)
+    return int(max(path.stat().st_mtime for path in folder.glob("*.safetensors")))
