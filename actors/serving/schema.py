@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from fewstep.actors.serving.body_errors import UnknownField, UnsupportedField, field_error, shorten
 from fewstep.platform.errors import RequestError
-from fewstep.platform.records import KIND_NUMBERS, CacheKind, DecodePolicy, PolicyKind
+from fewstep.platform.records import KIND_NUMBERS, MAX_COUNT, CacheKind, DecodePolicy, PolicyKind
 from fewstep.platform.registry import nearest
 
 MAX_CHOICES = 128
@@ -41,15 +41,15 @@ class PolicyOptions(_Part):
 
     kind: PolicyKind | None = None
     threshold: float | None = Field(default=None, gt=0.0, le=1.0)
-    tokens_per_step: int | None = Field(default=None, ge=1)
+    tokens_per_step: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     entropy_bound: float | None = Field(default=None, ge=0.0)
     factor: float | None = Field(default=None, gt=0.0)
-    block_size: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     cache: CacheKind | None = None
-    refresh_every: int | None = Field(default=None, ge=1)
+    refresh_every: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     edit_threshold: float | None = Field(default=None, gt=0.0, le=1.0)
-    max_edit_steps: int | None = Field(default=None, ge=0)
-    max_steps_per_block: int | None = Field(default=None, ge=1)
+    max_edit_steps: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    max_steps_per_block: int | None = Field(default=None, ge=1, le=MAX_COUNT)
 
 
 class FewstepOptions(PolicyOptions):

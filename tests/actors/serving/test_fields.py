@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from fewstep.actors.engine.request import Request
-from fewstep.actors.serving.schema import ChatBody, CompletionBody
+from fewstep.actors.serving.schema import ChatBody, CompletionBody, PolicyOptions
 from fewstep.actors.serving.service import CompletionService
 
 SAMPLED: dict[str, Any] = {"model": "tiny", "temperature": 1.0, "seed": 11, "max_tokens": 40}
@@ -170,3 +171,32 @@ def test_priority_reaches_the_engine(service: CompletionService) -> None:
     )
     request: Request = service.plan(body).requests[0]
     assert request.priority == 7
+
+
+NUMBERS = [0, -1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30, 10**400, 1e39, 1e308, 5e-324]
+BESIDE: dict[str, dict[str, Any]] = {
+    "tokens_per_step": {"kind": "static"},
+    "entropy_bound": {"kind": "entropy_bound"},
+    "factor": {"kind": "factor"},
+    "max_edit_steps": {"edit_threshold": 0.1},
+    "refresh_every": {"cache": "dual"},
+}
+
+
+@pytest.mark.parametrize("model", ["tiny", "both"])
+@pytest.mark.parametrize(
+    "name", ["seed", "max_tokens", "n", "temperature", "prompt", *sorted(PolicyOptions.model_fields)]
+)
+def test_no_number_is_more_than_a_bad_request(
+    url_of_both: str, service: CompletionService, bidirectional: CompletionService, model: str, name: str
+) -> None:
+    for value in NUMBERS:
+        body: dict[str, Any] = {"model": model, "prompt": "ab", "max_tokens": 9}
+        if name in PolicyOptions.model_fields:
+            body["fewstep"] = {**BESIDE.get(name, {}), name: value}
+        else:
+            body[name] = [5, value] if name == "prompt" else value
+        response = httpx.post(f"{url_of_both}/v1/completions", content=json.dumps(body), timeout=60)
+        assert response.status_code in (200, 400), (value, response.text)
+    assert service.host.healthy
+    assert bidirectional.host.healthy
