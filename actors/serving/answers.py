@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from fewstep.actors.engine.request import Request, Update
 from fewstep.actors.serving.canvas_events import piece_texts
+from fewstep.kernels.model.config import ModelConfig
 from fewstep.platform.errors import FewstepError
 from fewstep.platform.records import Trajectory
 
@@ -44,7 +45,7 @@ class Tally:
     """Updates of a call's requests, added up.
 
     Args:
-        block_size: of the model, which says when a request's first block is there.
+        config: of the model, whose blocks say when a request's first one is there.
         started: `time.monotonic()` when the call came in.
 
     Attributes:
@@ -52,11 +53,13 @@ class Tally:
         first_block_s: seconds from `started` to the first block of any request; None = not there yet.
     """
 
-    def __init__(self, requests: Sequence[Request], block_size: int, started: float) -> None:
+    def __init__(self, requests: Sequence[Request], config: ModelConfig, started: float) -> None:
         self._started = started
-        # Positions of the first live block that belong to the answer.
+        # Positions of the first live block that belong to the answer; a bidirectional model's begins with it.
+        aligned = config.attention_kind == "block_causal"
         self._left = [
-            (request.policy.block_size or block_size) - len(request.prompt_ids) % block_size
+            (request.policy.block_size or config.block_size)
+            - aligned * (len(request.prompt_ids) % config.block_size)
             for request in requests
         ]
         self.texts = [""] * len(requests)

@@ -71,10 +71,10 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Call:
-    """One HTTP request as engine requests, in the order of the answer's choices: prompt by prompt, some tries each.
+    """One HTTP request as engine requests, prompt by prompt, `body.num_tries` each, of which `body.n` become choices.
 
     Attributes:
-        prompts: of each request; num_tries: requests of one prompt, of which the answer has the `num_choices` best.
+        prompts: of each request.
         num_prompt_tokens: of all prompts and suffixes, each counted once.
         started: `time.monotonic()` when it was planned.
     """
@@ -234,7 +234,7 @@ class CompletionService:
             yield Piece(prompt.opening + text, canvas=_revision(update))
 
     def _tally(self, call: Call) -> Tally:
-        return Tally(call.requests, self.model.config.block_size, call.started)
+        return Tally(call.requests, self.model.config, call.started)
 
     def _answer(self, call: Call, tally: Tally, index: int) -> Answer:
         prompt, trajectory, body = call.prompts[index], tally.ended[index], call.body

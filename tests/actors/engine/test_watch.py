@@ -11,8 +11,11 @@ from tests.actors.engine.reference.models import MASK, engine_of, reference_mode
 from tests.actors.engine.reference.policy import candidate
 from tests.actors.engine.reference.requests import draw_decisive, expected
 
+from fewstep.actors.engine.canvas import BlockReport
 from fewstep.actors.engine.engine import Engine
+from fewstep.actors.engine.progress import Outcome, advance
 from fewstep.actors.engine.request import CanvasView, Request, Update
+from fewstep.actors.engine.scheduler import Sequence as Running
 from fewstep.platform.records import DecodePolicy
 
 pytestmark = pytest.mark.usefixtures("both_ways_to_step")
@@ -112,3 +115,17 @@ def test_higher_priority_is_admitted_first_and_equals_in_order() -> None:
     while engine.has_work:
         ended += [update.request_id for update in engine.step() if update.last]
     assert ended == ["high", "high too", "first", "second", "low"]
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_proposals_are_read_back_only_for_who_watches(monkeypatch: pytest.MonkeyPatch, watch: bool) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def note(sequence: Running, report: BlockReport, block_size: int) -> Outcome:
+        seen.append(report.proposed)
+        return advance(sequence, report, block_size)
+
+    monkeypatch.setattr("fewstep.actors.engine.engine.advance", note)
+    updates_of(engine_of(), [Request("r", (5, 6), DecodePolicy(threshold=0.5), 12, watch=watch)])
+    assert seen
+    assert all(bool(proposed) == watch for proposed in seen)

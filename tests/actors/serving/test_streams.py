@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
-from tests.actors.serving.tiny import build_tokenizer
+from tests.actors.serving.tiny import build_tokenizer, tiny_model
 
-from fewstep.actors.engine.request import CanvasView, Request
+from fewstep.actors.engine.request import CanvasView, Request, Update
+from fewstep.actors.serving.answers import Tally
 from fewstep.actors.serving.canvas_events import canvas_fields, piece_texts
 from fewstep.actors.serving.service import CompletionService
 from fewstep.kernels.model.checkpoint import embedded_model, load_tokenizer
-from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.config import AttentionKind, ModelConfig
 from fewstep.platform.records import DecodePolicy
 
 SAMPLED: dict[str, Any] = {"model": "tiny", "temperature": 1.0, "seed": 11, "max_tokens": 40}
@@ -182,3 +184,19 @@ def test_a_proposal_without_text_is_a_mask() -> None:
         "provisional",
         "committed",
     ]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("block_causal", 5), ("bidirectional", 8)])
+def test_the_first_block_is_there_when_all_of_it_is(kind: AttentionKind, size: int) -> None:
+    config = tiny_model(build_tokenizer(), attention_kind=kind).config
+    # Two clocks a second apart: what is measured counts from the earlier.
+    tally = Tally([Request("r", (5, 6, 7), DecodePolicy(), 20)], config, time.monotonic() - 1)
+    for _ in range(size - 1):
+        tally.add(0, Update("r", "a", 1))
+    assert tally.first_block_s is None
+    tally.add(0, Update("r", "a", 1))
+    first = tally.first_block_s
+    assert first is not None
+    assert first >= 1
+    tally.add(0, Update("r", "a", 1))
+    assert tally.first_block_s == first
