@@ -56,7 +56,7 @@ def bidirectional(model_folder: Path) -> Iterator[CompletionService]:
     model = tiny_model(tokenizer, attention_kind="bidirectional")
     host = host_of(model, tokenizer)
     folder = model_folder.parent / "bidirectional"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}>"
     (folder / "chat_template.jinja").write_text(template)
     served = ServedModel(
