@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from fewstep.actors.engine.request import CanvasView
 from fewstep.actors.engine.text import decode, find_stop
 
-# Tokens before the block that its texts are decoded behind: decoders treat a text's first token in their own way.
-_CONTEXT = 8
+# Tokens before a block that its texts are decoded behind, and tokens decoded together: decoders treat a text's first token in their own way.
+_CONTEXT, _PIECE = 8, 32
 # What a byte-level decoder shows for bytes that are no character yet.
 _INCOMPLETE = "�"
 
@@ -38,11 +38,15 @@ def piece_texts(tokenizer: Tokenizer, ids: Sequence[int], before: Sequence[int] 
 
     A character of several tokens is the text of the last of them; what is no character in the end is shown as one `�`.
     """
-    texts, shown = [], len(decode(tokenizer, before).rstrip(_INCOMPLETE))
-    for end in range(1, len(ids) + 1):
-        text = decode(tokenizer, [*before, *ids[:end]])
-        # A run of bytes at the end may become a character with the next token; the last token leaves it at that.
-        whole = text if end == len(ids) else text.rstrip(_INCOMPLETE)
-        texts.append(text[shown : len(whole)])
-        shown = max(shown, len(whole))
+    texts: list[str] = []
+    # Piece by piece, each behind a few tokens: decoding all that comes before every token would be quadratic.
+    for first in range(0, len(ids), _PIECE):
+        context = [*before, *ids[max(0, first - _CONTEXT) : first]][-_CONTEXT:]
+        shown = len(decode(tokenizer, context).rstrip(_INCOMPLETE))
+        for end in range(first + 1, min(first + _PIECE, len(ids)) + 1):
+            text = decode(tokenizer, [*context, *ids[first:end]])
+            # A run of bytes at the end may become a character with the next token; the last token leaves it at that.
+            whole = text if end == len(ids) else text.rstrip(_INCOMPLETE)
+            texts.append(text[shown : len(whole)])
+            shown = max(shown, len(whole))
     return texts

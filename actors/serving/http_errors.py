@@ -45,13 +45,18 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def error_response(error: Exception) -> Response:
+    """The answer to a request that an error ended."""
+    status, body = error_body(error)
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return JSONResponse(body, status, headers)
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of the application in this shape."""
 
     async def on_error(_request: Request, error: Exception) -> Response:
-        status, body = error_body(error)
-        headers = error.headers if isinstance(error, HTTPException) else None
-        return JSONResponse(body, status, headers)
+        return error_response(error)
 
     for kind in (FewstepError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from fewstep.actors.serving.canvas_events import piece_texts
 from fewstep.actors.serving.catalogue import Catalogue
 from fewstep.actors.serving.schema import TokenizeBody, parse_body
 from fewstep.actors.serving.service import CompletionService
+from fewstep.platform.errors import RequestError
 
 
 def model_router(catalogue: Catalogue) -> APIRouter:
@@ -33,14 +35,24 @@ def model_router(catalogue: Catalogue) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         body = parse_body(TokenizeBody, await read_body(request))
         service = catalogue[body.model]
-        ids = service.token_ids(body)
+        ids, limit = service.token_ids(body), context_length(service.model.config)
+        texts = None
+        if body.return_token_strs:
+            if len(ids) > limit:
+                raise RequestError(
+                    "return_token_strs",
+                    f"it for {len(ids)} tokens",
+                    f"at most {limit} tokens",
+                    "leave it out",
+                )
+            texts = await asyncio.to_thread(piece_texts, service.model.tokenizer, ids)
         return JSONResponse(
             {
                 "model": service.model.name,
                 "count": len(ids),
                 "tokens": list(ids),
-                "token_strs": piece_texts(service.model.tokenizer, ids),
-                "max_model_len": context_length(service.model.config),
+                "token_strs": texts,
+                "max_model_len": limit,
             }
         )
 

@@ -146,7 +146,7 @@ def _reading(references: Mapping[type[Any], Mapping[str, Any]]) -> dict[str, Any
     """The routes that generate nothing."""
     entry = references[ModelEntry]
     listed = _object({"object": {"const": "list"}, "data": {"type": "array", "items": entry}})
-    strings = {"type": "array", "items": {"type": "string"}}
+    strings = {"type": ["array", "null"], "items": {"type": "string"}}
     counts = {"type": "integer", "minimum": 0}
     tokenized = _object(
         {

@@ -229,6 +229,7 @@ class TokenizeBody(_Checked):
     model: str
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1)
+    return_token_strs: bool = False
 
 
 BodyT = TypeVar("BodyT", bound=_Checked)

@@ -79,7 +79,7 @@ def host_of(model: Transformer, tokenizer: Tokenizer) -> EngineHost:
 
 
 @contextmanager
-def serving(*services: CompletionService) -> Iterator[str]:
+def listening(*services: CompletionService) -> Iterator[str]:
     """The application on a real socket; its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -96,13 +96,13 @@ def serving(*services: CompletionService) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def url(service: CompletionService) -> Iterator[str]:
-    with serving(service) as found:
+    with listening(service) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def url_of_both(service: CompletionService, bidirectional: CompletionService) -> Iterator[str]:
-    with serving(service, bidirectional) as found:
+    with listening(service, bidirectional) as found:
         yield found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from tests.actors.serving.conftest import serving
+from tests.actors.serving.conftest import listening
 from tests.actors.serving.tiny import build_tokenizer, tiny_model
 
 from fewstep.actors.serving.alias_follower import AliasFollower
@@ -131,7 +131,7 @@ def test_weights_swap_under_load_without_a_lost_request(
                 failures.append("\n".join(lines))
             texts.add("".join(event["choices"][0]["text"] for event in events))
 
-    with serving(service) as url:
+    with listening(service) as url:
         first = ask(url)
         readers = [threading.Thread(target=load, args=(url,)) for _ in range(4)]
         for reader in readers:
@@ -171,7 +171,7 @@ def test_a_version_that_cannot_serve_is_refused_and_the_old_one_stays(
     service: CompletionService, source: ModelSource, versions: str, number: int, says: str
 ) -> None:
     follower = AliasFollower(service, source, "saved", 60)
-    with serving(service) as url:
+    with listening(service) as url:
         before = ask(url)
         move_alias(f"models:/served/{number}", "champion", versions, {})
         assert not follower.check()
@@ -197,7 +197,7 @@ def test_the_swapped_weights_are_the_versions_own(
     (fresh_source,) = model_sources("models:/served/2", "", versions)
     fresh = load_service(fresh_source, DecodePolicy(), 24, max_sequences=8, dtype="saved", memory_bytes=None)
     try:
-        with serving(service) as swapped, serving(fresh) as plain:
+        with listening(service) as swapped, listening(fresh) as plain:
             assert ask(swapped) == ask(plain)
         versions_of = [each.host.stats()["weight_version"] for each in (service, fresh)]
         assert versions_of[0] == versions_of[1]

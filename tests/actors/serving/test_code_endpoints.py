@@ -183,7 +183,9 @@ def test_a_mask_token_in_a_chat_is_a_fault_of_its_messages(client_of_both: OpenA
 
 def test_tokenize_is_what_a_prompt_costs(url_of_both: str, client_of_both: OpenAI) -> None:
     def tokenized(**fields: Any) -> dict[str, Any]:
-        response = httpx.post(f"{url_of_both}/tokenize", json={"model": "both", **fields})
+        response = httpx.post(
+            f"{url_of_both}/tokenize", json={"model": "both", "return_token_strs": True, **fields}
+        )
         assert response.status_code == 200, response.text
         found: dict[str, Any] = response.json()
         return found
@@ -194,6 +196,11 @@ def test_tokenize_is_what_a_prompt_costs(url_of_both: str, client_of_both: OpenA
     usage = client_of_both.completions.create(model="both", prompt=text["tokens"], max_tokens=3).usage
     assert usage is not None
     assert usage.prompt_tokens == 5
+    assert tokenized(prompt="def f", return_token_strs=False)["token_strs"] is None
+    long = {"model": "both", "prompt": "a" * 2049, "return_token_strs": True}
+    refused = httpx.post(f"{url_of_both}/tokenize", json=long)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "return_token_strs")
+    assert tokenized(prompt="a" * 2049, return_token_strs=False)["count"] == 2049
     chat = tokenized(messages=user("hi"))
     assert "".join(chat["token_strs"]) == "[user] hi>"
     for fields in ({}, {"prompt": "a", "messages": user("a")}):
