@@ -12,13 +12,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
+from fewstep.actors.serving.model_source import ModelSource
+from fewstep.cluster.served_models import check_model, model_sources
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
 from fewstep.platform.errors import ActorDied, ResourceError
@@ -36,12 +38,15 @@ _CONTROLLER_ENV = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 class ServeConfig(Config):
     """Which model, where, and how it decodes when a request does not say."""
 
-    model: str = ""
-    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
+    model: str | tuple[str, ...] = ""
+    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package. A list, or the option given
+    several times: that many models behind one endpoint. An alias is followed: when it moves, weights are swapped."""
+    alias_poll_s: float = Field(default=5.0, gt=0.0)
+    """Seconds between two looks at an alias."""
     tracking_uri: str = ""
     """MLflow store that a models:/ address is looked up in; empty = MLFLOW_TRACKING_URI, else the demo's."""
     name: str = ""
-    """What clients pass as `model`; empty = the folder's or the registered model's name."""
+    """What clients pass as `model`; empty = the folder's or the registered model's name. Not for several models."""
     host: str = "127.0.0.1"
     """Address to listen on. There is no authentication: put something that has it in front before widening."""
     port: int = Field(default=8000, ge=0, le=65535)
@@ -65,7 +70,7 @@ class ServeConfig(Config):
 
 @dataclass(frozen=True)
 class ServedEndpoint:
-    """A server that is up. `url` is the root; OpenAI clients want `base_url`."""
+    """A server that is up. `url` is the root, OpenAI clients want `base_url`; `model` is the first one's name."""
 
     url: str
     model: str
@@ -98,18 +103,16 @@ def serve_model(config: ServeConfig) -> Iterator[ServedEndpoint]:
         UserError: the model, the port or the CPUs are not there; nothing was started.
         ActorDied: Ray Serve or a replica did not come up.
     """
-    from fewstep.pipelines.models import model_folder
-
     port = free_port(config.host, config.port)
-    folder = model_folder(config.model, config.tracking_uri).resolve()
-    _check_model(folder)
-    name = config.name or _name_of(config.model, folder)
+    sources = model_sources(config.model, config.name, config.tracking_uri)
+    for source in sources:
+        check_model(Path(source.folder))
     # Ray starts only now: everything that can be known without it has been checked.
     with ExitStack() as stack:
         _enter_session(stack, config)
-        endpoint = ServedEndpoint(_url(config.host, port), name)
+        endpoint = ServedEndpoint(_url(config.host, port), sources[0].name)
         stack.callback(_shut_down)
-        _start(config, folder, name, port)
+        _start(config, sources, port)
         _wait_ready(endpoint)
         yield endpoint
 
@@ -158,24 +161,6 @@ def watch(endpoint: ServedEndpoint) -> None:
             raise ActorDied(f"the server at {endpoint.url}", f"{error}") from error
 
 
-def _check_model(folder: Path) -> None:
-    """Everything a replica would stumble over: files, tokenizer, weights, chat template."""
-    from fewstep.actors.serving.chat import ChatTemplate
-    from fewstep.kernels.model.checkpoint import check_weights, load_tokenizer
-    from fewstep.kernels.model.config import ModelConfig
-
-    config = ModelConfig.load(folder)
-    load_tokenizer(folder, config)
-    check_weights(folder, config)
-    ChatTemplate(folder)
-
-
-def _name_of(model: str, folder: Path) -> str:
-    if model.startswith("models:/"):
-        return model.removeprefix("models:/").partition("@")[0].partition("/")[0]
-    return folder.name
-
-
 def _url(host: str, port: int) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
@@ -195,7 +180,7 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
     stack.enter_context(ray_session(cpus, need=need))
 
 
-def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
+def _start(config: ServeConfig, sources: Sequence[ModelSource], port: int) -> None:
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
@@ -206,13 +191,13 @@ def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     app = application(
-        folder,
-        name,
+        sources,
         policy=config.policy,
         max_tokens=config.max_tokens,
         engine=EngineOptions(config.max_sequences, config.dtype, cache_bytes),
         num_replicas=config.num_replicas,
         num_cpus=config.cpus_per_replica,
+        alias_poll_s=config.alias_poll_s,
     )
     try:
         serve.start(

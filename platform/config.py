@@ -43,6 +43,7 @@ class ConfigKey:
     """One settable key: its full dotted path, its type as text, its default as text, and its documentation.
 
     num_values: how many values its option takes on the command line; more than 1 for a tuple of that length.
+    repeats: whether its option may be given several times, for a list: one value, or a tuple of such values.
     """
 
     path: str
@@ -50,6 +51,7 @@ class ConfigKey:
     default: str
     description: str
     num_values: int = 1
+    repeats: bool = False
 
 
 def load_config(cls: type[ConfigT], path: Path | None, overrides: Sequence[str]) -> ConfigT:
@@ -280,7 +282,9 @@ def _walk_keys(cls: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
             value = field.get_default(call_default_factory=True, validated_data={})
             default = "" if value is PydanticUndefined else _shorten(_plain(value))
         description = _one_line(field.description or "")
-        yield ConfigKey(path, _type_text(annotation), default, description, _num_values(annotation))
+        yield ConfigKey(
+            path, _type_text(annotation), default, description, _num_values(annotation), _repeats(annotation)
+        )
 
 
 def _plain(value: Any) -> str:
@@ -311,6 +315,14 @@ def _num_values(annotation: Any) -> int:
         return max(_num_values(argument) for argument in get_args(annotation))
     fixed = get_origin(annotation) is tuple and Ellipsis not in get_args(annotation)
     return len(get_args(annotation)) if fixed else 1
+
+
+def _repeats(annotation: Any) -> bool:
+    """Whether it is `X | tuple[X, ...]`."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+    return any(
+        get_origin(kind) is tuple and get_args(kind) == (other, ...) for kind in kinds for other in kinds
+    )
 
 
 def _one_line(text: str) -> str:

@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fewstep.platform.artifacts import weights_digest
 from fewstep.platform.mlflow_store import import_mlflow, source_tags
 from fewstep.platform.records import DecodePolicy
 from fewstep.platform.tracking import TrackedModel
 
-ARTIFACT, WEIGHTS = "model", "weights"
+ARTIFACT, WEIGHTS, DIGEST = "model", "weights", "weights_sha256"
 MARK_TAG = "fewstep.mark"
 
 
@@ -143,7 +144,12 @@ def _pack(packed: Path, logged: Any, run_id: str, model: TrackedModel, checksum:
         input_example=([model.input_example], call_defaults(model)),
         model_config={"policy": model.policy.model_dump(mode="json"), "max_tokens": model.max_tokens},
         pip_requirements=[f"{name}=={_public_version(name)}" for name in model.requirements],
-        metadata={"step": model.step, "dataset": model.dataset, **model.facts},
+        metadata={
+            "step": model.step,
+            "dataset": model.dataset,
+            **model.facts,
+            DIGEST: weights_digest(model.folder),
+        },
         mlflow_model=models.Model(
             artifact_path=logged.artifact_location,
             model_uuid=logged.model_id,

@@ -13,7 +13,7 @@ from typing import Any
 
 from fewstep.platform.artifacts import atomic_folder, weights_digest
 from fewstep.platform.errors import CheckpointError, ConfigError
-from fewstep.platform.mlflow_models import ARTIFACT, WEIGHTS
+from fewstep.platform.mlflow_models import ARTIFACT, DIGEST, WEIGHTS
 from fewstep.platform.mlflow_store import import_mlflow, open_client, reporting, shown_uri
 
 # models:/NAME@ALIAS, models:/NAME/VERSION or models:/m-LOGGED_MODEL_ID
@@ -59,8 +59,8 @@ def mlflow_model_folder(model_uri: str, tracking_uri: str) -> Path:
 
 
 def model_facts(model_uri: str, tracking_uri: str) -> tuple[str, dict[str, Any]]:
-    """The address that does not move, and what was measured of the model when it was registered: `step`, `dataset` and
-    the facts of its `TrackedModel`. Nothing but its MLmodel file is fetched.
+    """The address that does not move, and what was measured of the model when it was registered: `step`, `dataset`,
+    the facts of its `TrackedModel` and `weights_sha256`, the digest of the weights' files. Nothing but its MLmodel file is fetched.
 
     Raises:
         UserError: as `find_model` does.
@@ -185,14 +185,21 @@ def _local_copy(location: str, tracking_uri: str) -> Path:
 def _weights_folder(model_uri: str, packed: Path) -> Path:
     """The model folder of an MLflow model: inside it, or where a checkpoint's weights were left."""
     flavor: dict[str, Any] = {}
+    digest: str | None = None
     if (packed / "MLmodel").is_file():
-        flavor = import_mlflow("mlflow.models").Model.load(str(packed)).flavors["python_function"]
+        described = import_mlflow("mlflow.models").Model.load(str(packed))
+        flavor, digest = described.flavors["python_function"], (described.metadata or {}).get(DIGEST)
     reference = (flavor.get("config") or {}).get(WEIGHTS)
     if reference is not None:
         return referenced_folder(model_uri, reference)
     folder = packed / flavor["artifacts"][ARTIFACT]["path"] if flavor else packed
     if not flavor or not folder.is_dir():
         raise _files_gone(model_uri, str(packed))
+    if digest is not None and weights_digest(folder) != digest:
+        raise CheckpointError(
+            model_uri, f"other weights at {folder} than were registered", "the weights of that version",
+            "register the model again",
+        )  # fmt: skip
     return folder
 
 

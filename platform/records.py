@@ -25,6 +25,9 @@ Outcome = Literal[
 ]
 
 
+# Counts of a policy fit any integer that they are put into, a tensor's or a file's.
+MAX_COUNT = 2**31 - 1
+
 KIND_NUMBERS: dict[PolicyKind, str] = {
     "threshold": "threshold",
     "static": "tokens_per_step",
@@ -52,12 +55,13 @@ class DecodePolicy(BaseModel):
 
     kind: PolicyKind = "threshold"
     threshold: float = Field(default=0.9, gt=0.0, le=1.0, description="used by kind=threshold")
-    tokens_per_step: int = Field(default=1, ge=1, description="used by kind=static")
+    tokens_per_step: int = Field(default=1, ge=1, le=MAX_COUNT, description="used by kind=static")
     entropy_bound: float = Field(default=0.1, ge=0.0, description="nats; used by kind=entropy_bound")
     factor: float = Field(default=1.0, gt=0.0, description="used by kind=factor")
     block_size: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_COUNT,
         description="positions denoised together; None = the model's own, the only choice of a block-causal model",
     )
     cache: CacheKind = Field(
@@ -68,6 +72,7 @@ class DecodePolicy(BaseModel):
     refresh_every: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_COUNT,
         description="forwards of a block between recomputations of a prefix or dual cache; None = once a block",
     )
     edit_threshold: float | None = Field(
@@ -80,11 +85,13 @@ class DecodePolicy(BaseModel):
     max_edit_steps: int = Field(
         default=16,
         ge=0,
+        le=MAX_COUNT,
         description="forwards that may edit a block after its last mask; used with edit_threshold",
     )
     max_steps_per_block: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_COUNT,
         description="after this many forwards a block opens all that is left; None = no limit",
     )
     temperature: float = Field(default=0.0, ge=0.0, le=2.0, description="0 = greedy")

@@ -54,6 +54,7 @@ class Decision:
     Attributes:
         report: int64 [m, 4 + W], the numbers of a `BlockReport` in its order.
         edited: bool [m, W], tokens that were replaced; tokens, steps, logprobs: [m, W], what stood there before.
+        proposed: int64 [m, W], what the forward would have written everywhere; read back for watched requests only.
     """
 
     report: torch.Tensor
@@ -61,6 +62,7 @@ class Decision:
     tokens: torch.Tensor
     steps: torch.Tensor
     logprobs: torch.Tensor
+    proposed: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class BlockReport(NamedTuple):
         first_end: index of the first end of sequence, a huge number if there is none.
         num_edits: tokens replaced.
         tokens: the live block, W of them.
+        proposed: what the forward would have written at each of them; empty unless a request of the forward is watched.
     """
 
     failed: bool
@@ -97,6 +100,7 @@ class BlockReport(NamedTuple):
     first_end: int
     num_edits: int
     tokens: list[int]
+    proposed: tuple[int, ...] = ()
 
 
 class Canvases:
@@ -251,7 +255,7 @@ class Canvases:
         failed = ~logprob.isfinite().all(-1)
         numbers = torch.stack((failed.long(), done.first_mask, done.first_end, done.edited.sum(-1)), dim=1)
         report = torch.cat((numbers, done.tokens), dim=1)
-        return Decision(report, done.edited, live.block.tokens, old_steps, old_logprobs)
+        return Decision(report, done.edited, live.block.tokens, old_steps, old_logprobs, candidates.token)
 
     def _candidates(
         self, forward: Forward, hidden: torch.Tensor, model: Transformer
@@ -304,6 +308,11 @@ def reports_of(sequences: list[Sequence], rows: list[list[int]], decision: Decis
     reports = [BlockReport(bool(row[0]), row[1], row[2], row[3], row[4:]) for row in rows]
     if any(report.num_edits for report in reports):
         _log_edits(sequences, decision)
+    if any(sequence.request.watch for sequence in sequences):
+        proposed = decision.proposed[: len(reports)].tolist()
+        reports = [
+            report._replace(proposed=tuple(row)) for report, row in zip(reports, proposed, strict=True)
+        ]
     return reports
 
 

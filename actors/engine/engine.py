@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ from fewstep.actors.engine.scheduler import Scheduler, Span
 from fewstep.actors.engine.scheduler import Sequence as Running
 from fewstep.actors.engine.static_step import StaticSteps
 from fewstep.actors.engine.text import TextStream, decode, find_stop
+from fewstep.actors.engine.watch import view_of
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.errors import CheckpointError, RequestError
 from fewstep.platform.records import FinishReason, Trajectory, WeightVersion
@@ -136,7 +138,7 @@ class Engine:
         if request.request_id in self._ids:
             raise RequestError("request_id", request.request_id, "an id not in use", "choose another id")
         self._ids.add(request.request_id)
-        self._scheduler.waiting.append(request)
+        self._scheduler.enqueue(request)
 
     def abort(self, request_id: str) -> Trajectory | None:
         """Drop a request and free its slot and pages at once; an unknown id is one that has already ended.
@@ -190,7 +192,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """One forward for every running request that has pages for it; updates of those that got something final."""
+        """One forward for every running request that has pages for it; updates of those that got something final or are
+        watched."""
         self._admit()
         spans = self._scheduler.plan()
         if not spans:
@@ -203,12 +206,17 @@ class Engine:
             span.sequence.forwards += 1
         updates = []
         for sequence, report in zip(sequences, reports, strict=True):
-            live_end = sequence.live_end
-            outcome = advance(sequence, report, self._block_size(sequence.request))
+            request, live_end, view = sequence.request, sequence.live_end, None
+            if request.watch and not report.failed:
+                view = view_of(sequence, report, self.config.mask_token_id)
+            outcome = advance(sequence, report, self._block_size(request))
+            update = Update(request.request_id, "", 0)
             if outcome.finished or outcome.failed or outcome.text_end > sequence.text_end:
                 update = self._settle(sequence, outcome, live_end, report.tokens)
-                if update.last or update.text or update.num_new_tokens:
-                    updates.append(update)
+            if view is not None:
+                update = replace(update, canvas=view)
+            if update.last or update.text or update.num_new_tokens or view is not None:
+                updates.append(update)
         return updates
 
     def _run(self, spans: list[Span]) -> tuple[list[Running], list[BlockReport]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.platform.errors import CheckpointError, RequestError
@@ -10,6 +11,8 @@ from fewstep.platform.records import DecodePolicy, Trajectory
 
 MAX_STOP_IDS = 8
 MAX_STEPS = 32_767  # int16, the type of `Trajectory.step_map`
+
+TokenState = Literal["committed", "edited", "provisional"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class Request:
         suffix_ids: what stands behind the masks from the start and stays (infill). A bidirectional model sees all
             of it from every mask, a block-causal one what shares a block with the mask.
         ignore_eos: the end of sequence and `stop_ids` are tokens like others; for benchmarks of fixed length.
+        watch: every step that decides sends the canvas of the live block in its update.
+        priority: among waiting requests higher ones get a slot first, equal ones in the order they came. It changes
+            nothing for requests that hold a slot.
     """
 
     request_id: str
@@ -36,6 +42,8 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    watch: bool = False
+    priority: int = 0
 
     def validate(self, config: ModelConfig) -> None:
         """Raise a RequestError that names the first field this model cannot serve."""
@@ -156,14 +164,34 @@ def check_pages(
 
 
 @dataclass(frozen=True)
+class CanvasView:
+    """The live block of one request as a forward left it, as far as it belongs to the answer.
+
+    Not shown: prompt, suffix, what lies behind `max_tokens`, a written end of sequence and what lies behind it.
+
+    Attributes:
+        revision: forwards that decided something for the request, this one included.
+        start: position of the first token in the answer; before: the answer's tokens before it, all of them final.
+        ids, states: one of each per position. `provisional` is a mask, and its id what the forward would have written.
+    """
+
+    revision: int
+    start: int
+    before: tuple[int, ...]
+    ids: tuple[int, ...]
+    states: tuple[TokenState, ...]
+
+
+@dataclass(frozen=True)
 class Update:
-    """What a step made final for one request.
+    """What a step made final for one request, or what a watched one looks like now.
 
     Attributes:
         text: newly final text; the concatenation over all updates of a request is its completion.
         num_new_tokens: newly final tokens; they add up to the trajectory's num_tokens.
         trajectory: set in the last update of a request that finished.
         error: set in the last update of a request that failed.
+        canvas: set in every update of a watched request that did not fail.
     """
 
     request_id: str
@@ -171,6 +199,7 @@ class Update:
     num_new_tokens: int
     trajectory: Trajectory | None = None
     error: str | None = None
+    canvas: CanvasView | None = None
 
     @property
     def last(self) -> bool:

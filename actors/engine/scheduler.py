@@ -128,6 +128,13 @@ class Scheduler:
         self.running: dict[str, Sequence] = {}
         self.preemptions = 0
 
+    def enqueue(self, request: Request) -> None:
+        """Let a request wait behind all of its priority and above."""
+        index = len(self.waiting)
+        while index and self.waiting[index - 1].priority < request.priority:
+            index -= 1
+        self.waiting.insert(index, request)
+
     def join(self, sequence: Sequence) -> None:
         self.running[sequence.request.request_id] = sequence
 

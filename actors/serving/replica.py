@@ -7,15 +7,16 @@ answers clients.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from fewstep.actors.serving.model_source import ModelSource
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.errors import ActorDied
-from fewstep.platform.records import DecodePolicy, WeightVersion
+from fewstep.platform.records import DecodePolicy
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -40,77 +41,63 @@ class EngineOptions:
 
 
 class ServingReplica:
-    """Loads a model folder and serves it; one engine, one replica.
+    """Loads model folders and serves them; an engine for each, all in one replica.
 
     Args:
-        folder: a model folder every node can read.
-        name: the model's name on the wire.
+        sources: the models; those found by an alias follow it.
         policy: what a request that says nothing is decoded with.
         max_tokens: of one answer when the request does not say.
-        engine: how its engine runs.
+        engine: how each engine runs.
         num_threads: of torch.
+        alias_poll_s: seconds between two looks at an alias.
     """
 
     def __init__(
         self,
-        folder: str,
-        name: str,
+        sources: Sequence[ModelSource],
         policy: DecodePolicy,
         max_tokens: int,
         engine: EngineOptions,
         num_threads: int,
+        alias_poll_s: float,
     ) -> None:
         # A Ray worker imports this module before it knows what it is for; torch only where an engine lives.
         import torch
 
-        from fewstep.actors.engine.engine import Engine
-        from fewstep.actors.engine.host import EngineHost
-        from fewstep.actors.serving.chat import ChatTemplate
-        from fewstep.actors.serving.service import CompletionService, ServedModel, created_of
-        from fewstep.kernels.model.checkpoint import load_model, state_checksum
+        from fewstep.actors.serving.alias_follower import AliasFollower
+        from fewstep.actors.serving.loading import load_service
 
         torch.set_num_threads(num_threads)
         logging.getLogger("fewstep").setLevel(logging.INFO)
-        path = Path(folder)
-        model, tokenizer = load_model(path, None if engine.dtype == "saved" else getattr(torch, engine.dtype))
-        version = WeightVersion(name, 0, state_checksum(model.state_dict()))
-        host = EngineHost(
-            Engine(
-                model,
-                tokenizer,
-                max_sequences=engine.max_sequences,
-                weight_version=version,
-                memory_bytes=engine.memory_bytes,
-            )
-        )
-        served = ServedModel(
-            name, created_of(path), model.config, tokenizer, ChatTemplate(path), policy, max_tokens
-        )
-        self._service = CompletionService(host, served)
+        options = asdict(engine)
+        self._services = [load_service(source, policy, max_tokens, **options) for source in sources]
+        for source, service in zip(sources, self._services, strict=True):
+            if source.alias:
+                AliasFollower(service, source, engine.dtype, alias_poll_s).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve's hook: the application, built after the constructor."""
         from fewstep.actors.serving.app import create_app
 
-        return create_app(self._service)
+        return create_app(*self._services)
 
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
-        if not self._service.host.healthy:
+        if not all(service.host.healthy for service in self._services):
             raise ActorDied("engine", "its thread has ended")
 
 
 def application(
-    folder: Path,
-    name: str,
+    sources: Sequence[ModelSource],
     *,
     policy: DecodePolicy,
     max_tokens: int,
     engine: EngineOptions,
     num_replicas: int,
     num_cpus: float,
+    alias_poll_s: float,
 ) -> Application:
-    """The Ray Serve application of one model.
+    """The Ray Serve application of one endpoint.
 
     Args:
         num_cpus: logical CPUs of each replica, and torch's threads, at least one.
@@ -120,7 +107,7 @@ def application(
         name=DEPLOYMENT,
         num_replicas=num_replicas,
         # The engine's own queue is the fair one; Serve holds back only what would make replicas uneven.
-        max_ongoing_requests=2 * engine.max_sequences,
+        max_ongoing_requests=2 * engine.max_sequences * len(sources),
         ray_actor_options={"num_cpus": num_cpus},
         graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
@@ -128,6 +115,6 @@ def application(
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(
-        str(folder), name, policy, max_tokens, engine, max(1, int(num_cpus))
+        tuple(sources), policy, max_tokens, engine, max(1, int(num_cpus)), alias_poll_s
     )
     return bound

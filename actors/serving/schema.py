@@ -6,7 +6,6 @@ null means "not given" everywhere, as it does there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -15,21 +14,14 @@ from openai.types.chat import completion_create_params as chat_create_params
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from fewstep.actors.serving.body_errors import UnknownField, UnsupportedField, field_error, shorten
 from fewstep.platform.errors import RequestError
-from fewstep.platform.records import KIND_NUMBERS, CacheKind, DecodePolicy, PolicyKind
+from fewstep.platform.records import KIND_NUMBERS, MAX_COUNT, CacheKind, DecodePolicy, PolicyKind
 from fewstep.platform.registry import nearest
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
-_SHOWN = 80
-
-
-class UnsupportedField(RequestError):
-    """A field this server knows of but cannot honour."""
-
-
-class UnknownField(RequestError):
-    """A field that is nobody's."""
+MAX_PRIORITY = 100
 
 
 class _Part(BaseModel):
@@ -44,20 +36,34 @@ class StreamOptions(_Part):
     include_obfuscation: Literal[False] = False
 
 
-class FewstepOptions(_Part):
+class PolicyOptions(_Part):
     """The decode policy of one request, over the server's default; DecodePolicy documents the fields."""
 
     kind: PolicyKind | None = None
     threshold: float | None = Field(default=None, gt=0.0, le=1.0)
-    tokens_per_step: int | None = Field(default=None, ge=1)
+    tokens_per_step: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     entropy_bound: float | None = Field(default=None, ge=0.0)
     factor: float | None = Field(default=None, gt=0.0)
-    block_size: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     cache: CacheKind | None = None
-    refresh_every: int | None = Field(default=None, ge=1)
+    refresh_every: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     edit_threshold: float | None = Field(default=None, gt=0.0, le=1.0)
-    max_edit_steps: int | None = Field(default=None, ge=0)
-    max_steps_per_block: int | None = Field(default=None, ge=1)
+    max_edit_steps: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    max_steps_per_block: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+
+
+class FewstepOptions(PolicyOptions):
+    """What only a diffusion server can do, beside the decode policy.
+
+    Attributes:
+        canvas: the form of a `diffusing` stream: the live block beside committed deltas, or whole texts that replace.
+        return_trajectory: whether an answer comes with its step map, log-probabilities and edits.
+        priority: waiting requests of a higher one get a slot first.
+    """
+
+    canvas: Literal["blocks", "whole_text"] | None = None
+    return_trajectory: bool = False
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
 
 
 class TextPart(_Part):
@@ -78,10 +84,22 @@ class Message(_Part):
         return "".join(part.text for part in self.content)
 
 
-class _Body(_Part):
-    """What both endpoints share.
+class _Checked(_Part):
+    """A request body.
 
     Attributes:
+        openai_fields: OpenAI's names for the endpoint; idle: the values of those without effect here that ask for nothing.
+    """
+
+    openai_fields: ClassVar[frozenset[str]] = frozenset()
+    idle: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+
+class _Body(_Checked):
+    """What all endpoints share.
+
+    Attributes:
+        diffusing: a stream shows provisional canvases between its committed deltas.
         user: goes into the server's log line of the request.
     """
 
@@ -94,12 +112,9 @@ class _Body(_Part):
     max_tokens: int | None = Field(default=None, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    diffusing: bool = False
     user: str = ""
     fewstep: FewstepOptions = FewstepOptions()
-
-    # OpenAI's names, and the values of those without effect here that ask for nothing.
-    openai_fields: ClassVar[frozenset[str]] = frozenset()
-    idle: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -114,20 +129,31 @@ class _Body(_Part):
         """The most tokens of one answer, None = the server's default."""
         return self.max_tokens
 
+    @property
+    def num_tries(self) -> int:
+        """Answers to generate for each prompt; the `n` best are given back."""
+        return self.n
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer says how probable its tokens were."""
+        return False
+
 
 class CompletionBody(_Body):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    suffix: str = ""
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    logprobs: int | None = Field(default=None, ge=0, le=5)
 
     openai_fields = frozenset(completion_create_params.CompletionCreateParamsBase.__annotations__)
     idle: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "best_of": (1,),
         "echo": (False,),
         "frequency_penalty": (0,),
         "logit_bias": ({},),
         "presence_penalty": (0,),
-        "suffix": ("",),
     }
 
     @property
@@ -139,12 +165,27 @@ class CompletionBody(_Body):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
 
+    @property
+    def num_tries(self) -> int:
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+
+class FimBody(CompletionBody):
+    """POST /v1/fim/completions: one prefix, one suffix."""
+
+    prompt: str
+
 
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
 
     openai_fields = frozenset(chat_create_params.CompletionCreateParamsBase.__annotations__)
     idle: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -152,7 +193,6 @@ class ChatBody(_Body):
         "function_call": ("none",),
         "functions": ([],),
         "logit_bias": ({},),
-        "logprobs": (False,),
         "metadata": ({},),
         "modalities": (["text"],),
         "parallel_tool_calls": (True, False),
@@ -170,8 +210,29 @@ class ChatBody(_Body):
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs
 
-BodyT = TypeVar("BodyT", bound=_Body)
+
+class ApplyBody(ChatBody):
+    """POST /v1/apply/completions: one user message with tagged original code and update."""
+
+
+class EditBody(ChatBody):
+    """POST /v1/edit/completions: one user message with the tagged file, its editable region and what came before."""
+
+
+class TokenizeBody(_Checked):
+    """POST /tokenize: a text or a conversation, as `/v1/completions` and `/v1/chat/completions` would read it."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    return_token_strs: bool = False
+
+
+BodyT = TypeVar("BodyT", bound=_Checked)
 
 
 def parse_body(cls: type[BodyT], raw: bytes) -> BodyT:
@@ -192,7 +253,7 @@ def parse_body(cls: type[BodyT], raw: bytes) -> BodyT:
     try:
         body = cls.model_validate({name: given[name] for name in given.keys() & cls.model_fields.keys()})
     except ValidationError as error:
-        raise _field_error(error) from error
+        raise field_error(error) from error
     _check_together(body)
     return body
 
@@ -203,7 +264,7 @@ def policy_for(body: _Body, default: DecodePolicy, seed: int) -> DecodePolicy:
     Raises:
         RequestError: a field that would do nothing beside the others.
     """
-    asked = body.fewstep.model_dump(exclude_none=True)
+    asked = body.fewstep.model_dump(include=set(PolicyOptions.model_fields), exclude_none=True)
     base = default.model_dump()
     kind = asked.get("kind", default.kind)
     edits = asked.get("edit_threshold", default.edit_threshold) is not None
@@ -229,13 +290,13 @@ def policy_for(body: _Body, default: DecodePolicy, seed: int) -> DecodePolicy:
     return DecodePolicy.model_validate({**base, **asked, "seed": seed})
 
 
-def _check_idle(cls: type[_Body], name: str, value: Any) -> None:
+def _check_idle(cls: type[_Checked], name: str, value: Any) -> None:
     """Raise unless `name` is a field of OpenAI's at a value that asks for nothing."""
     if name not in cls.openai_fields:
         raise UnknownField(
             name,
-            _shorten(value),
-            "OpenAI's fields and `fewstep`",
+            shorten(value),
+            "the endpoint's documented fields",
             "remove it" + nearest(name, sorted(cls.model_fields)),
         )
     idle = cls.idle.get(name, ())
@@ -243,59 +304,63 @@ def _check_idle(cls: type[_Body], name: str, value: Any) -> None:
     if not any(
         value == harmless and isinstance(value, bool) == isinstance(harmless, bool) for harmless in idle
     ):
-        allowed = " or ".join(_shorten(harmless) for harmless in idle)
+        allowed = " or ".join(shorten(harmless) for harmless in idle)
         raise UnsupportedField(
             name,
-            _shorten(value),
+            shorten(value),
             f"only {allowed}, which asks for nothing" if idle else "nothing: this server does not support it",
             "remove it",
         )
 
 
-def _check_together(body: _Body) -> None:
-    if body.stream_options is not None and not body.stream:
-        raise RequestError("stream_options", "it without stream", "stream=true", "set stream or remove it")
+def _check_together(body: _Checked) -> None:
+    if isinstance(body, TokenizeBody) and (body.prompt is None) == (body.messages is None):
+        got = "neither" if body.prompt is None else "both"
+        raise RequestError("prompt", f"{got} of prompt and messages", "one of them", "send one")
+    if isinstance(body, _Body):
+        _check_generation(body)
+
+
+def _check_generation(body: _Body) -> None:
+    _check_stream(body)
     if len(body.stops) > MAX_STOPS:
         raise RequestError("stop", f"{len(body.stops)} strings", f"at most {MAX_STOPS}", "send fewer")
-    if isinstance(body, CompletionBody) and len(body.prompts) * body.n > MAX_CHOICES:
-        raise RequestError(
-            "n",
-            f"{len(body.prompts)} prompts x {body.n}",
-            f"at most {MAX_CHOICES} choices",
-            "send fewer prompts at once",
-        )
+    if isinstance(body, CompletionBody):
+        _check_choices(body)
     if isinstance(body, ChatBody) and None not in (body.max_tokens, body.max_completion_tokens):
         raise RequestError(
             "max_tokens", "it and max_completion_tokens", "one of the two", "keep max_completion_tokens"
         )
 
 
-def _field_error(error: ValidationError) -> RequestError:
-    """The most specific problem of the first wrong field as one line, under the name the client used."""
-    first = error.errors()[0]
-    # A field of several shapes reports one problem a shape; the deepest belongs to the shape that was meant.
-    problems = [problem for problem in error.errors() if problem["loc"][0] == first["loc"][0]]
-    problem = max(problems, key=lambda found: len(found["loc"]))
-    field = _dotted(problem["loc"])
-    if problem["type"] == "missing":
-        return RequestError(field, "nothing", "a value (the field is required)", f"send {field}")
-    if problem["type"] == "extra_forbidden":
-        return UnknownField(field, _shorten(problem["input"]), "the documented fields", "remove it")
-    allowed = [
-        other["msg"].removeprefix("Input should be ") for other in problems if _dotted(other["loc"]) == field
-    ]
-    return RequestError(
-        field, _shorten(problem["input"]), " or ".join(dict.fromkeys(allowed)), f"change {field}"
-    )
+def _check_stream(body: _Body) -> None:
+    for name, given in (("stream_options", body.stream_options is not None), ("diffusing", body.diffusing)):
+        if given and not body.stream:
+            raise RequestError(name, "it without stream", "stream=true", "set stream or remove it")
+    if body.fewstep.canvas is not None and not body.diffusing:
+        raise RequestError(
+            "fewstep.canvas", "it without diffusing", "diffusing=true", "set diffusing or remove it"
+        )
 
 
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    """A location as the client spells it: pydantic adds names of shapes ("list[TextPart]"), which nobody sent."""
-    parts = [str(part) for part in loc if isinstance(part, int) or part.isidentifier()]
-    return ".".join(part for part in parts if part not in ("str", "int"))
-
-
-def _shorten(value: Any) -> str:
-    """A JSON value as the client wrote it."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+def _check_choices(body: CompletionBody) -> None:
+    if body.logprobs:
+        raise UnsupportedField(
+            "logprobs",
+            body.logprobs,
+            "0: the chosen token's own; the head keeps no others",
+            "send 0 or remove it",
+        )
+    if body.best_of is not None and body.best_of < body.n:
+        raise RequestError("best_of", body.best_of, f"at least n, {body.n}", "raise best_of or lower n")
+    if body.num_tries > body.n and body.stream:
+        raise RequestError(
+            "best_of", f"{body.best_of} with stream", "n: the best are known at the end", "remove one of them"
+        )
+    if len(body.prompts) * body.num_tries > MAX_CHOICES:
+        raise RequestError(
+            "n" if body.best_of is None else "best_of",
+            f"{len(body.prompts)} prompts x {body.num_tries}",
+            f"at most {MAX_CHOICES} choices",
+            "send fewer prompts at once",
+        )

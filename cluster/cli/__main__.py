@@ -42,6 +42,7 @@ class _Override(argparse.Action):
     def __init__(self, *args: Any, key: ConfigKey, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.key = key
+        self.texts: list[str] = []
 
     def __call__(
         self,
@@ -56,6 +57,10 @@ class _Override(argparse.Action):
         # A prompt or a path is taken as it is; `key=value` on the other hand is always YAML.
         as_it_is = self.key.num_values > 1 or bool(kinds & {"str", "Path"})
         text = json.dumps(values, ensure_ascii=False) if as_it_is else values
+        if self.key.repeats:
+            # Once it is a value, several times a list of them.
+            self.texts.append(text)
+            text = text if len(self.texts) == 1 else f"[{', '.join(self.texts)}]"
         namespace.overrides.append(f"{self.key.path}={text}")
 
 

@@ -22,6 +22,7 @@ from tests.actors.serving.tiny import save_tiny
 
 from fewstep.cluster import deploy, session
 from fewstep.cluster.deploy import ServeConfig, ServedEndpoint, free_port, serve_model
+from fewstep.kernels.model.checkpoint import embedded_model
 from fewstep.platform.errors import CheckpointError, ResourceError
 from fewstep.platform.records import DecodePolicy
 
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def endpoint(folder: Path) -> Iterator[ServedEndpoint]:
     policy = DecodePolicy(threshold=0.5)
     config = ServeConfig(
-        model=str(folder), port=0, num_replicas=2, cpus_per_replica=0.5, max_tokens=24, policy=policy
+        model=(str(folder), ""), port=0, num_replicas=2, cpus_per_replica=0.5, max_tokens=24, policy=policy
     )
     with serve_model(config) as served:
         yield served
@@ -110,19 +111,22 @@ def test_chat_completion_stream_stop_and_usage(client: OpenAI) -> None:
         prompt="def f(x):", stream=True, stream_options={"include_usage": True}, **sampled
     )
     assert "".join(piece.choices[0].text for piece in pieces) == text
-    assert last.usage == usage
+    assert last.usage is not None
+    assert last.usage.completion_tokens == usage.completion_tokens
     chat = client.chat.completions.create(messages=[{"role": "user", "content": "def f(x):"}], **sampled)
     assert chat.choices[0].message.content == text
     stopped = client.completions.create(prompt="def f(x):", stop=text[5:7], **sampled).choices[0]
     assert (stopped.text, stopped.finish_reason) == (text[: text.index(text[5:7])], "stop")
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "embedded"]
+    other = client.completions.create(model="embedded", prompt="def f(xs):", max_tokens=8, temperature=0)
+    assert other.model == "embedded"
 
 
 @pytest.mark.ray
 def test_errors_come_through_the_proxy_in_openais_shape(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="tiny", prompt="a", suffix="b")
-    assert (caught.value.param, caught.value.code) == ("suffix", "unsupported_parameter")
+        client.completions.create(model="tiny", prompt="a", echo=True)
+    assert (caught.value.param, caught.value.code) == ("echo", "unsupported_parameter")
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="a")
 
@@ -182,12 +186,15 @@ def replicas() -> list[int]:
 @pytest.mark.ray
 def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
     port = free_port("127.0.0.1", 0)
-    command = [sys.executable, "-m", "fewstep", "serve", "--model", str(folder), "--port", str(port)]
+    models = ["--model", str(folder), "--model", str(embedded_model())]
+    command = [sys.executable, "-m", "fewstep", "serve", *models, "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         assert f"http://127.0.0.1:{port}/v1" in server.stdout.readline()
         httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+        listed = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["tiny", "embedded"]
         started = session._tree({server.pid})
         second = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         assert second.returncode == 2

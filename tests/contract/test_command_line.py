@@ -72,6 +72,17 @@ def test_dry_run_loads_nothing_heavy_and_prints_yaml() -> None:
     assert (shown["policy"]["threshold"], shown["prompt"], shown["max_tokens"]) == (0.5, "a: [b", 8)
 
 
+@pytest.mark.parametrize(
+    ("options", "model"),
+    [(["--model", "a: [b"], "a: [b"), (["--model", "a", "--model", "models:/b@c"], ["a", "models:/b@c"])],
+)
+def test_an_option_that_takes_one_or_several_may_be_repeated(
+    capsys: pytest.CaptureFixture[str], options: list[str], model: str | list[str]
+) -> None:
+    assert main(["serve", *options, "--dry-run"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"] == model
+
+
 def test_options_win_over_overrides_and_those_over_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

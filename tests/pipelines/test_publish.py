@@ -19,7 +19,7 @@ from fewstep.kernels.model.checkpoint import MODEL_FILES, load_model, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.pipelines.publish import log_checkpoint, publish_model
-from fewstep.platform.artifacts import file_digest
+from fewstep.platform.artifacts import file_digest, weights_digest
 from fewstep.platform.errors import CheckpointError, ConfigError, ResourceError
 from fewstep.platform.mlflow_registry import (
     alias_address,
@@ -245,7 +245,9 @@ def test_facts_travel_with_the_model(uri: str, folder: Path) -> None:
             facts=facts,
         )  # fmt: skip
     address, found = model_facts("models:/facts@candidate", uri)
+    digest = found.pop("weights_sha256")
     assert (address, found) == ("models:/facts/1", {"step": 3, "dataset": "", **facts})
+    assert digest == weights_digest(find_model(address, uri).folder)
 
 
 def test_an_alias_moves_to_a_version_and_says_why(uri: str, folder: Path) -> None:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ import torch
 import uvicorn
 from openai import OpenAI
 from tests.actors.serving.tiny import build_tokenizer, save_tiny, tiny_model
+from tokenizers import Tokenizer
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.host import EngineHost
 from fewstep.actors.serving.app import create_app
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.serving.service import CompletionService, ServedModel
+from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
 
@@ -31,9 +34,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(model_folder: Path) -> Iterator[CompletionService]:
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
-    model = tiny_model(tokenizer)
-    engine = Engine(model, tokenizer, max_sequences=8, weight_version=WeightVersion("test", 0, "0" * 32))
-    host = EngineHost(engine)
+    host, model = host_of(tiny_model(tokenizer), tokenizer), tiny_model(tokenizer)
     served = ServedModel(
         name="tiny",
         created=1_700_000_000,
@@ -48,10 +49,41 @@ def service(model_folder: Path) -> Iterator[CompletionService]:
 
 
 @pytest.fixture(scope="module")
-def url(service: CompletionService) -> Iterator[str]:
+def bidirectional(model_folder: Path) -> Iterator[CompletionService]:
+    """A model that sees both sides of a hole, whose chat template is not empty."""
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    model = tiny_model(tokenizer, attention_kind="bidirectional")
+    host = host_of(model, tokenizer)
+    folder = model_folder.parent / "bidirectional"
+    folder.mkdir(exist_ok=True)
+    template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}>"
+    (folder / "chat_template.jinja").write_text(template)
+    served = ServedModel(
+        name="both",
+        created=1_700_000_001,
+        config=model.config,
+        tokenizer=tokenizer,
+        chat=ChatTemplate(folder),
+        policy=DecodePolicy(threshold=0.5),
+        max_tokens=24,
+    )
+    yield CompletionService(host, served)
+    host.close()
+
+
+def host_of(model: Transformer, tokenizer: Tokenizer) -> EngineHost:
+    return EngineHost(
+        Engine(model, tokenizer, max_sequences=8, weight_version=WeightVersion("test", 0, "0" * 32))
+    )
+
+
+@contextmanager
+def listening(*services: CompletionService) -> Iterator[str]:
+    """The application on a real socket; its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(create_app(*services), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         deadline = time.monotonic() + 30
@@ -63,6 +95,24 @@ def url(service: CompletionService) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def url(service: CompletionService) -> Iterator[str]:
+    with listening(service) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def url_of_both(service: CompletionService, bidirectional: CompletionService) -> Iterator[str]:
+    with listening(service, bidirectional) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
 def client(url: str) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client_of_both(url_of_both: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{url_of_both}/v1", api_key="none", max_retries=0, timeout=60) as made:
         yield made

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fewstep.kernels.model.checkpoint import save_model
-from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.config import AttentionKind, ModelConfig
 from fewstep.kernels.model.transformer import Transformer
 
 SPECIAL = ("<|mask|>", "<|eos|>", "<|pad|>")
@@ -31,7 +31,9 @@ def _byte_level(text: str) -> list[tuple[str, tuple[int, int]]]:
     return found
 
 
-def tiny_model(tokenizer: Tokenizer, context: int = 2048) -> Transformer:
+def tiny_model(
+    tokenizer: Tokenizer, context: int = 2048, attention_kind: AttentionKind = "block_causal"
+) -> Transformer:
     config = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=16,
@@ -41,6 +43,7 @@ def tiny_model(tokenizer: Tokenizer, context: int = 2048) -> Transformer:
         head_dim=8,
         intermediate_size=16,
         max_position_embeddings=context,
+        attention_kind=attention_kind,
         block_size=8,
         mask_token_id=0,
         eos_token_id=1,

@@ -1,0 +1,29 @@
+"""Where a served model comes from. Free of torch: Ray's driver builds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder, and the alias of the registry it was found by, if it was.
+
+    Attributes:
+        name: what clients pass as `model`.
+        folder: a model folder every node can read.
+        address: `models:/NAME/VERSION` that `folder` belongs to; empty for a folder that is nobody's version.
+        alias: of `address`'s model, which the server follows when it moves; empty = nothing to follow.
+        tracking_uri: the registry of `alias`.
+    """
+
+    name: str
+    folder: str
+    address: str = ""
+    alias: str = ""
+    tracking_uri: str = ""
+
+    @property
+    def registered_name(self) -> str:
+        """NAME of `models:/NAME/VERSION`."""
+        return self.address.removeprefix("models:/").rpartition("/")[0]
