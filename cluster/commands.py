@@ -89,6 +89,12 @@ COMMANDS: dict[str, Command] = {
         "fewstep.cluster.deploy:ServeConfig",
         "fewstep.cluster.deploy:run",
     ),
+    "key": Command(
+        "make an API key for `serve`, or take one away",
+        "fewstep.cluster.keys:KeyConfig",
+        "fewstep.cluster.keys:run",
+        operands=("name",),
+    ),
     "generate": Command(
         "continue one prompt and, if asked, show how the canvas was denoised",
         "fewstep.cluster.generate:GenerateConfig",
