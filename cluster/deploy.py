@@ -19,6 +19,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from fewstep.actors.serving.access_log import LogConfig
+from fewstep.actors.serving.limits import LimitsConfig
+from fewstep.actors.serving.tracing import require_tracing
+from fewstep.cluster.admission import check_access, drain, ending
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
 from fewstep.platform.errors import ActorDied, ResourceError
@@ -43,7 +47,7 @@ class ServeConfig(Config):
     name: str = ""
     """What clients pass as `model`; empty = the folder's or the registered model's name."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication: put something that has it in front before widening."""
+    """Address to listen on; any but a loopback address needs `keys`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 = any free one."""
     num_replicas: int = Field(default=1, ge=1)
@@ -61,6 +65,16 @@ class ServeConfig(Config):
     """Tokens of an answer at most when the request does not say."""
     policy: DecodePolicy = DecodePolicy()
     """Decode policy of requests that do not say; its seed is never used, each request has its own."""
+    keys: Path | None = None
+    """File of API keys that requests must show one of (`fewstep key NAME` makes it); null = nobody is asked."""
+    limits: LimitsConfig = LimitsConfig()
+    """What a replica takes on, and how long a request may take."""
+    log: LogConfig = LogConfig()
+    """Where requests are logged, one line of JSON each."""
+    trace_endpoint: str = ""
+    """OTLP address for OpenTelemetry spans, such as http://127.0.0.1:4318/v1/traces; empty = none."""
+    drain_seconds: float = Field(default=30.0, gt=0.0)
+    """After SIGTERM: how long accepted requests may take to finish while new ones get 503."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +90,17 @@ class ServedEndpoint:
 
 
 def run(config: ServeConfig) -> None:
-    """Serves until Ctrl-C or SIGTERM.
+    """Serves until Ctrl-C, or until SIGTERM and the end of the requests accepted before it.
 
     Raises:
         UserError: the model, the port or the CPUs are not there; nothing was started.
         ActorDied: Ray or the HTTP proxy is gone for good.
     """
-    with serve_model(config) as endpoint:
+    with serve_model(config) as endpoint, ending() as stop:
         print(f"serving {endpoint.model} at {endpoint.base_url}  (Ctrl-C ends it)", flush=True)
-        watch(endpoint)
+        watch(endpoint, stop)
+        left = drain(config.drain_seconds)
+        print("drained" if not left else f"ending with {left} requests unfinished", flush=True)
 
 
 @contextmanager
@@ -101,6 +117,9 @@ def serve_model(config: ServeConfig) -> Iterator[ServedEndpoint]:
     from fewstep.pipelines.models import model_folder
 
     port = free_port(config.host, config.port)
+    check_access(config.host, config.keys)
+    if config.trace_endpoint:
+        require_tracing()
     folder = model_folder(config.model, config.tracking_uri).resolve()
     _check_model(folder)
     name = config.name or _name_of(config.model, folder)
@@ -141,8 +160,8 @@ def free_port(host: str, port: int) -> int:
         raise ResourceError(f"{host}:{port}", got, allowed, fix) from error
 
 
-def watch(endpoint: ServedEndpoint) -> None:
-    """Blocks while the server can be reached; a signal ends it with its own exception.
+def watch(endpoint: ServedEndpoint, stop: threading.Event | None = None) -> None:
+    """Blocks while the server can be reached and `stop` is not set; a signal ends it with its own exception.
 
     Raises:
         ActorDied: nothing has answered for some time.
@@ -150,7 +169,7 @@ def watch(endpoint: ServedEndpoint) -> None:
     from ray import serve
     from ray.exceptions import RayError
 
-    stop = threading.Event()
+    stop = stop or threading.Event()
     while not stop.wait(_WATCH_S):
         try:
             serve.status()
@@ -201,9 +220,13 @@ def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from fewstep.actors.serving.replica import EngineOptions, application
+    from fewstep.actors.serving.desk import DeskOptions
+    from fewstep.actors.serving.replica import APPLICATION, EngineOptions, application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # A worker's working directory is its own affair.
+    keys = config.keys.resolve() if config.keys is not None else None
+    log = LogConfig(file=config.log.file.resolve() if config.log.file else None, prompts=config.log.prompts)
     cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     app = application(
         folder,
@@ -213,6 +236,8 @@ def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
         engine=EngineOptions(config.max_sequences, config.dtype, cache_bytes),
         num_replicas=config.num_replicas,
         num_cpus=config.cpus_per_replica,
+        desk=DeskOptions(config.limits, log, keys, config.trace_endpoint),
+        drain_s=config.drain_seconds,
     )
     try:
         serve.start(
@@ -221,7 +246,7 @@ def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
             logging_config=LoggingConfig(log_level="WARNING"),
             controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENV}},
         )
-        serve.run(app, name="fewstep", route_prefix="/")
+        serve.run(app, name=APPLICATION, route_prefix="/")
     except (RuntimeError, TimeoutError, RayError) as error:
         raise ActorDied("Ray Serve", f"it did not start: {error}") from error
 

@@ -42,10 +42,15 @@ class EngineHost:
 
     Args:
         engine: nobody else may use it from here on.
+
+    Attributes:
+        num_slots: requests it denoises together; weight_swaps: times it has taken other weights.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.num_slots = int(engine.stats()["slots_free"]) + engine.num_running
+        self.weight_swaps = 0
         self._readers: dict[str, _Reader] = {}
         self._commands: list[Callable[[], None]] = []
         self._changed = threading.Condition()
@@ -107,6 +112,7 @@ class EngineHost:
                 done.set_exception(error)
                 raise
             else:
+                self.weight_swaps += 1
                 done.set_result(None)
 
         self._post(swap)
@@ -123,6 +129,10 @@ class EngineHost:
             "committed_tokens": engine.committed_tokens,
             "weight_version": str(engine.weight_version),
         }
+
+    def measures(self) -> dict[str, float]:
+        """`Engine.stats`, with num_slots and weight_swaps; every number is whole, though not all of the same step."""
+        return {**self._engine.stats(), "num_slots": self.num_slots, "weight_swaps": self.weight_swaps}
 
     def close(self) -> None:
         """Stop after the step under way; open requests end with ActorDied. A second call does nothing."""

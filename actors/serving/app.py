@@ -13,6 +13,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from fewstep.actors.serving.desk import Desk
+from fewstep.actors.serving.gate import add_desk
+from fewstep.actors.serving.refusals import Refused
 from fewstep.actors.serving.schema import (
     BodyT,
     ChatBody,
@@ -46,11 +49,13 @@ _CODES: dict[type[UserError], str] = {
 }
 
 
-def create_app(service: CompletionService) -> FastAPI:
-    """The ASGI application; `service` is shared by all requests."""
+def create_app(service: CompletionService, desk: Desk | None = None) -> FastAPI:
+    """The ASGI application; `service` is shared by all requests, and `desk`, if any, stands in front of it."""
     # The bodies are OpenAI's, documented there; pages that describe them would load scripts from elsewhere.
     app = FastAPI(title="fewstep", openapi_url=None)
     _add_error_handlers(app)
+    if desk is not None:
+        add_desk(app, desk, _error_response)
 
     @app.get("/health")
     async def health() -> Response:
@@ -140,15 +145,21 @@ def _entry(service: CompletionService) -> dict[str, Any]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     async def on_error(_request: Request, error: Exception) -> Response:
-        status, body = _error_body(error)
-        return JSONResponse(body, status)
+        return _error_response(error)
 
     for kind in (FewstepError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
 
 
+def _error_response(error: Exception) -> Response:
+    status, body = _error_body(error)
+    return JSONResponse(body, status, dict(error.headers) if isinstance(error, Refused) else None)
+
+
 def _error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and OpenAI's error object. What is not meant for users is not shown to them."""
+    if isinstance(error, Refused):
+        return error.status, error.body()
     message, kind, param, code = str(error), "invalid_request_error", None, None
     if isinstance(error, UserError):
         param = error.field

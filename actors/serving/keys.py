@@ -49,7 +49,7 @@ class KeyEntry(Config):
 class KeyFile(Config):
     """What the file holds."""
 
-    keys: list[KeyEntry] = []
+    keys: tuple[KeyEntry, ...] = ()
 
 
 def make_key(name: str, weight: float = 1.0) -> tuple[str, KeyEntry]:
@@ -66,7 +66,7 @@ def read_keys(path: Path) -> list[KeyEntry]:
         ConfigError: it cannot be read, or an entry is wrong.
     """
     try:
-        entries = KeyFile.model_validate(json.loads(path.read_text(encoding="utf-8"))).keys
+        entries = list(KeyFile.model_validate(json.loads(path.read_text(encoding="utf-8"))).keys)
     except (OSError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         got = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
@@ -83,7 +83,7 @@ def write_keys(path: Path, entries: list[KeyEntry]) -> None:
     """Replace the file; only its owner may read it."""
     with atomic_file(path) as temporary:
         temporary.touch(mode=0o600)
-        temporary.write_text(KeyFile(keys=entries).model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(KeyFile(keys=tuple(entries)).model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 class KeyRing:

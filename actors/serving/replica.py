@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.exceptions import RayError
 
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.errors import ActorDied
@@ -19,10 +20,18 @@ from fewstep.platform.records import DecodePolicy, WeightVersion
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from prometheus_client.metrics_core import Metric
     from ray.serve import Application
 
+    from fewstep.actors.serving.desk import DeskOptions
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "fewstep"
 DEPLOYMENT = "fewstep"
-_DRAIN_S = 5.0
+# Requests that do not wait for the engine (health, metrics, refusals) beside those that do.
+_BESIDE = 128
+_GATHER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class ServingReplica:
         max_tokens: of one answer when the request does not say.
         engine: how its engine runs.
         num_threads: of torch.
+        desk: who is let in, and what is written down.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class ServingReplica:
         max_tokens: int,
         engine: EngineOptions,
         num_threads: int,
+        desk: DeskOptions,
     ) -> None:
         # A Ray worker imports this module before it knows what it is for; torch only where an engine lives.
         import torch
@@ -66,6 +77,7 @@ class ServingReplica:
         from fewstep.actors.engine.engine import Engine
         from fewstep.actors.engine.host import EngineHost
         from fewstep.actors.serving.chat import ChatTemplate
+        from fewstep.actors.serving.desk import Desk
         from fewstep.actors.serving.service import CompletionService, ServedModel, created_of
         from fewstep.kernels.model.checkpoint import load_model, state_checksum
 
@@ -87,12 +99,33 @@ class ServingReplica:
             name, created_of(path), model.config, tokenizer, ChatTemplate(path), policy, max_tokens
         )
         self._service = CompletionService(host, served)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._desk = Desk(desk, lambda: {name: self._service.host}, replica, self._gather)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve's hook: the application, built after the constructor."""
         from fewstep.actors.serving.app import create_app
 
-        return create_app(self._service)
+        return create_app(self._service, self._desk)
+
+    def drain(self) -> int:
+        """Take nothing new from now on; how many requests are still being answered."""
+        return self._desk.drain()
+
+    def families(self) -> tuple[str, list[Metric]]:
+        """This replica's name and its metrics."""
+        return self._desk.replica, self._desk.metrics.families()
+
+    async def _gather(self) -> dict[str, list[Metric]]:
+        """Metrics of all replicas; one that is just ending or starting is left out of this page."""
+        answers = serve.get_deployment_handle(DEPLOYMENT, APPLICATION).broadcast("families")
+        found = dict([self.families()])
+        try:
+            others = await answers.results_async(timeout_s=_GATHER_S, return_exceptions=True)
+            found.update(answer for answer in others if not isinstance(answer, Exception))
+        except (RayError, RuntimeError, TimeoutError) as error:
+            logger.warning("metrics of this replica alone: %s", error)
+        return found
 
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
@@ -109,25 +142,28 @@ def application(
     engine: EngineOptions,
     num_replicas: int,
     num_cpus: float,
+    desk: DeskOptions,
+    drain_s: float,
 ) -> Application:
     """The Ray Serve application of one model.
 
     Args:
         num_cpus: logical CPUs of each replica, and torch's threads, at least one.
+        drain_s: what an ending replica gives the requests it has accepted.
         others: as ServingReplica's.
     """
     configure: Any = serve.deployment(
         name=DEPLOYMENT,
         num_replicas=num_replicas,
-        # The engine's own queue is the fair one; Serve holds back only what would make replicas uneven.
-        max_ongoing_requests=2 * engine.max_sequences,
+        # The desk's queue is the fair and bounded one, so Serve holds nothing back that the desk would take or refuse.
+        max_ongoing_requests=2 * engine.max_sequences + desk.limits.max_waiting + _BESIDE,
         ray_actor_options={"num_cpus": num_cpus},
-        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(
-        str(folder), name, policy, max_tokens, engine, max(1, int(num_cpus))
+        str(folder), name, policy, max_tokens, engine, max(1, int(num_cpus)), desk
     )
     return bound

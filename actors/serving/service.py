@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer
 from fewstep.actors.engine.host import EngineHost
 from fewstep.actors.engine.request import Request, Update, context_length
 from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.serving.desk import admitted
 from fewstep.actors.serving.schema import ChatBody, CompletionBody, policy_for
 from fewstep.actors.serving.stream import DONE, event, merge
 from fewstep.actors.serving.wire import Answer, ChatWire, CompletionWire, Envelope, Wire, finish_of, usage_of
@@ -24,8 +24,6 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.platform.errors import FewstepError, RequestError
 from fewstep.platform.records import DecodePolicy, Trajectory
 from fewstep.platform.rng import derive_seed
-
-logger = logging.getLogger(__name__)
 
 
 class ModelNotFound(RequestError):
@@ -110,8 +108,9 @@ class CompletionService:
 
         Raises:
             RequestError: at once, for a request the model cannot serve.
+            QueueFull: at once, from a desk before which too many wait.
         """
-        return merge([self.host.submit(request) for request in call.requests])
+        return merge(admitted(self.model.name, self.host, call.requests, call.user))
 
     async def whole(self, call: Call, updates: AsyncGenerator[tuple[int, Update]]) -> str:
         """The whole answer as JSON text.
@@ -177,13 +176,7 @@ class CompletionService:
 
     @staticmethod
     def _settle(call: Call, ended: dict[int, Trajectory]) -> CompletionUsage:
-        usage = usage_of(call.num_prompt_tokens, list(ended.values()))
-        logger.info(
-            "%s user=%r choices=%d prompt_tokens=%d completion_tokens=%d forwards=%d",
-            call.envelope.id, call.user, len(ended), usage.prompt_tokens, usage.completion_tokens,
-            sum(trajectory.forwards for trajectory in ended.values()),
-        )  # fmt: skip
-        return usage
+        return usage_of(call.num_prompt_tokens, list(ended.values()))
 
 
 def created_of(folder: Path) -> int:

@@ -18,11 +18,14 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from tests.actors.serving.tiny import save_tiny
 
+from fewstep.actors.serving.keys import make_key, write_keys
 from fewstep.cluster import deploy, session
+from fewstep.cluster.admission import check_access
 from fewstep.cluster.deploy import ServeConfig, ServedEndpoint, free_port, serve_model
-from fewstep.platform.errors import CheckpointError, ResourceError
+from fewstep.platform.errors import CheckpointError, ConfigError, ResourceError
 from fewstep.platform.records import DecodePolicy
 
 LONG: dict[str, Any] = {
@@ -95,6 +98,44 @@ def test_a_taken_port_is_refused_before_ray_starts(folder: Path) -> None:
         config = ServeConfig(model=str(folder), port=taken.getsockname()[1])
         with pytest.raises(ResourceError, match="a port in use"), serve_model(config):
             pytest.fail("the block must not run")
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_wide_address_needs_keys(folder: Path, tmp_path: Path, host: str) -> None:
+    keys = tmp_path / "keys.json"
+    with pytest.raises(ConfigError, match=f"host: got {host} without keys; .* fewstep key NAME"):
+        check_access(host, None)
+    if host == "0.0.0.0":
+        with pytest.raises(ConfigError), serve_model(ServeConfig(model=str(folder), host=host, port=0)):
+            pytest.fail("the block must not run")
+    write_keys(keys, [])
+    with pytest.raises(ConfigError, match="at least one key"):
+        check_access(host, keys)
+    write_keys(keys, [make_key("ann")[1]])
+    check_access(host, keys)
+    check_access("localhost", None)
+
+
+@pytest.mark.ray
+def test_a_scrape_of_one_replica_shows_all(client: OpenAI, endpoint: ServedEndpoint) -> None:
+    for _ in range(8):
+        client.completions.create(model="tiny", prompt="abc")
+    deadline = time.monotonic() + 60
+    while True:
+        families = {
+            family.name: family
+            for family in text_string_to_metric_families(httpx.get(f"{endpoint.url}/metrics").text)
+        }
+        replicas = {sample.labels["replica"] for sample in families["fewstep_running"].samples}
+        if len(replicas) == 2:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    answers = [
+        sample.value for sample in families["fewstep_answers"].samples if sample.name.endswith("_total")
+    ]
+    assert sum(answers) >= 8
 
 
 @pytest.mark.ray
@@ -200,3 +241,34 @@ def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
         server.wait()
     assert session._alive(started) == []
     assert free_port("127.0.0.1", port) == port
+
+
+@pytest.mark.ray
+def test_sigterm_finishes_what_was_accepted(folder: Path, tmp_path: Path) -> None:
+    port = free_port("127.0.0.1", 0)
+    log = tmp_path / "requests.jsonl"
+    command = [
+        sys.executable, "-m", "fewstep", "serve", "--model", str(folder), "--port", str(port), "--log.file", str(log),
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert "/v1" in server.stdout.readline()
+        started = session._tree({server.pid})
+        with httpx.stream("POST", url, json={**LONG, "stream": True}, timeout=120) as response:
+            pieces = response.iter_bytes()
+            next(pieces)
+            server.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 60
+            while (refused := httpx.post(url, json={**LONG, "max_tokens": 1}, timeout=60)).status_code == 200:
+                assert time.monotonic() < deadline
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
+        assert server.wait(60) == 0
+        assert "drained" in server.stdout.read()
+    finally:
+        server.kill()
+        server.wait()
+    assert session._alive(started) == []
+    assert f'"committed_tokens": {LONG["max_tokens"]}' in log.read_text()

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.host import EngineHost
 from fewstep.actors.serving.app import create_app
 from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.serving.desk import Desk
 from fewstep.actors.serving.service import CompletionService, ServedModel
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
@@ -47,11 +49,12 @@ def service(model_folder: Path) -> Iterator[CompletionService]:
     host.close()
 
 
-@pytest.fixture(scope="module")
-def url(service: CompletionService) -> Iterator[str]:
+@contextmanager
+def listening(service: CompletionService, desk: Desk | None = None) -> Iterator[str]:
+    """The application on a free port; its root address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(create_app(service, desk), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         deadline = time.monotonic() + 30
@@ -60,6 +63,12 @@ def url(service: CompletionService) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(service: CompletionService) -> Iterator[str]:
+    with listening(service) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
