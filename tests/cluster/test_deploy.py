@@ -104,7 +104,7 @@ def test_a_taken_port_is_refused_before_ray_starts(folder: Path) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_wide_address_needs_keys(folder: Path, tmp_path: Path, host: str) -> None:
     keys = tmp_path / "keys.json"
-    with pytest.raises(ConfigError, match=f"host: got {host} without keys; .* fewstep key NAME"):
+    with pytest.raises(ConfigError, match=f"host: got {host} without keys; .*`fewstep key NAME"):
         check_access(host, None)
     if host == "0.0.0.0":
         with pytest.raises(ConfigError), serve_model(ServeConfig(model=str(folder), host=host, port=0)):
