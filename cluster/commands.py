@@ -104,6 +104,12 @@ COMMANDS: dict[str, Command] = {
         "fewstep.cluster.keys:run",
         operands=("name",),
     ),
+    "loadtest": Command(
+        "load a server, and report tokens per second, latencies and errors",
+        "fewstep.cluster.loadtest_settings:LoadtestConfig",
+        "fewstep.cluster.loadtest:run",
+        operands=("url",),
+    ),
     "generate": Command(
         "continue one prompt and, if asked, show how the canvas was denoised",
         "fewstep.cluster.generate:GenerateConfig",

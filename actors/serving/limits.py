@@ -47,15 +47,17 @@ class Budget:
 
     Attributes:
         per_minute: refilled evenly; None = unlimited.
+        least: what must be left for another request; more than zero, or rounding would leave a debt that was paid.
     """
 
     per_minute: float | None
     clock: Clock
+    least: float = 1e-3
     level: float = field(init=False)
     _updated: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.level, self._updated = self.per_minute or 0.0, self.clock()
+        self.level, self._updated = max(self.least, self.per_minute or 0.0), self.clock()
 
     def spend(self, amount: float) -> None:
         """Take `amount`, which has been used already."""
@@ -64,16 +66,17 @@ class Budget:
             self.level -= amount
 
     def wait_s(self) -> float:
-        """Seconds until something is left; 0 = now."""
+        """Seconds until enough is left; 0 = now."""
         if self.per_minute is None:
             return 0.0
         self._refill(self.per_minute)
-        # A thousandth, not zero: a debt that has been paid to the last rounding error is none.
-        return 0.0 if self.level > 1e-3 else (1e-3 - self.level) * _MINUTE_S / self.per_minute
+        return max(0.0, (self.least - self.level) * _MINUTE_S / self.per_minute)
 
     def _refill(self, per_minute: float) -> None:
         now = self.clock()
-        self.level = min(per_minute, self.level + (now - self._updated) * per_minute / _MINUTE_S)
+        self.level = min(
+            max(self.least, per_minute), self.level + (now - self._updated) * per_minute / _MINUTE_S
+        )
         self._updated = now
 
 
@@ -84,7 +87,7 @@ class KeyBudgets:
         self, requests: float | None, tokens: float | None, seconds: float | None, clock: Clock
     ) -> None:
         self._budgets = {
-            "requests": Budget(requests, clock),
+            "requests": Budget(requests, clock, least=1.0 - 1e-6),
             "tokens": Budget(tokens, clock),
             "engine seconds": Budget(seconds, clock),
         }
