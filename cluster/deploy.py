@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -50,6 +51,9 @@ class ServeConfig(Config):
     """Address to listen on; any but a loopback address needs `keys`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 = any free one."""
+    front: Literal["proxy", "replicas"] = "proxy"
+    """Who answers HTTP: Ray Serve's proxy, which reaches replicas on other machines too, asks the less busy one and asks
+    another when one has died; or the replicas themselves, all on the same port of this machine, one process less on the way."""
     num_replicas: int = Field(default=1, ge=1)
     """Engines, each in a process of its own."""
     cpus_per_replica: float = Field(default=1.0, gt=0.0)
@@ -238,10 +242,11 @@ def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
         num_cpus=config.cpus_per_replica,
         desk=DeskOptions(config.limits, log, keys, config.trace_endpoint),
         drain_s=config.drain_seconds,
+        listen=(config.host, port) if config.front == "replicas" else None,
     )
     try:
         serve.start(
-            proxy_location="HeadOnly",
+            proxy_location="HeadOnly" if config.front == "proxy" else "Disabled",
             http_options=HTTPOptions(host=config.host, port=port),
             logging_config=LoggingConfig(log_level="WARNING"),
             controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENV}},

@@ -59,6 +59,7 @@ class ServingReplica:
         engine: how its engine runs.
         num_threads: of torch.
         desk: who is let in, and what is written down.
+        listen: host and port to listen on in this process; None = requests come through Serve's proxy.
     """
 
     def __init__(
@@ -70,14 +71,17 @@ class ServingReplica:
         engine: EngineOptions,
         num_threads: int,
         desk: DeskOptions,
+        listen: tuple[str, int] | None = None,
     ) -> None:
         # A Ray worker imports this module before it knows what it is for; torch only where an engine lives.
         import torch
 
         from fewstep.actors.engine.engine import Engine
         from fewstep.actors.engine.host import EngineHost
+        from fewstep.actors.serving.app import create_app
         from fewstep.actors.serving.chat import ChatTemplate
         from fewstep.actors.serving.desk import Desk
+        from fewstep.actors.serving.front import Front
         from fewstep.actors.serving.service import CompletionService, ServedModel, created_of
         from fewstep.kernels.model.checkpoint import load_model, state_checksum
 
@@ -101,6 +105,7 @@ class ServingReplica:
         self._service = CompletionService(host, served)
         replica = serve.get_replica_context().replica_id.unique_id
         self._desk = Desk(desk, lambda: {name: self._service.host}, replica, self._gather)
+        self._front = Front(create_app(self._service, self._desk), *listen) if listen is not None else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve's hook: the application, built after the constructor."""
@@ -127,10 +132,18 @@ class ServingReplica:
             logger.warning("metrics of this replica alone: %s", error)
         return found
 
+    def __del__(self) -> None:
+        """Ray Serve's hook when it takes this replica away: open requests may finish, as long as Serve waits."""
+        front = getattr(self, "_front", None)
+        if front is not None:
+            front.close()
+
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
         if not self._service.host.healthy:
             raise ActorDied("engine", "its thread has ended")
+        if self._front is not None:
+            self._front.check()
 
 
 def application(
@@ -144,6 +157,7 @@ def application(
     num_cpus: float,
     desk: DeskOptions,
     drain_s: float,
+    listen: tuple[str, int] | None,
 ) -> Application:
     """The Ray Serve application of one model.
 
@@ -164,6 +178,6 @@ def application(
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(
-        str(folder), name, policy, max_tokens, engine, max(1, int(num_cpus)), desk
+        str(folder), name, policy, max_tokens, engine, max(1, int(num_cpus)), desk, listen
     )
     return bound

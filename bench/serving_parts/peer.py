@@ -8,6 +8,7 @@ times it. They take turns, so that neither has the machine's better minutes.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from bench.side_by_side.measure import REMOTE_CODE
 from bench.side_by_side.settings import ModelSizes
 from bench.side_by_side.weights import llada_state, write_model
 from tokenizers import Tokenizer
@@ -58,14 +60,19 @@ def measure(peers: Path | None, seconds: float) -> dict[str, Any]:
         ResourceError: it is not there.
     """
     python = peers / "venv-4" / "bin" / "python" if peers is not None else None
-    if python is None or not python.is_file():
+    if peers is None or python is None or not python.is_file() or not (peers / "Fast-dLLM").is_dir():
         raise ResourceError(
-            "--peers", peers, "a folder with venv-4 that has dlmserve", "set it up as docs/benchmarks.md says"
+            "--peers",
+            peers,
+            "a folder with Fast-dLLM, and venv-4 that has dlmserve",
+            "set it up as docs/benchmarks.md says",
         )
     with tempfile.TemporaryDirectory() as temporary:
         # dlmserve takes a folder for LLaDA by its name.
         folder = Path(temporary) / "llada"
         write_model(folder, "llada", SIZES, llada_state(SIZES, 0))
+        for name in REMOTE_CODE:
+            shutil.copyfile(peers / "Fast-dLLM" / "llada" / "model" / name, folder / name)
         prompts = Path(temporary) / "prompts.jsonl"
         atomic_write_text(prompts, _prompts(folder))
         ours_config = ServeConfig(model=str(folder), port=0, dtype="bfloat16", log={"file": "/dev/null"})
@@ -144,7 +151,7 @@ def _dlmserve(python: Path, folder: Path) -> Iterator[tuple[str, str]]:
         port = int(probe.getsockname()[1])
     environment = {
         **os.environ, "DLMSERVE_MODEL": str(folder), "DLMSERVE_DTYPE": "bf16", "DLMSERVE_DEVICE": "cpu",
-        "DLMSERVE_LOG_LEVEL": "error", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "DLMSERVE_LOG_LEVEL": "error", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [str(python), "-c", LAUNCH, str(port), str(SIZES.mask_token_id)]
     url = f"http://127.0.0.1:{port}"
@@ -157,8 +164,9 @@ def _dlmserve(python: Path, folder: Path) -> Iterator[tuple[str, str]]:
             time.sleep(0.5)
         yield url, str(folder)
     finally:
-        server.terminate()
-        server.wait(30)
+        # It drains for as long as an answer is being made; nobody waits for those.
+        server.kill()
+        server.wait()
 
 
 def _ready(url: str) -> bool:

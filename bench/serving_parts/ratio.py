@@ -35,33 +35,64 @@ def measure(clients: int, requests: int, rounds: int) -> dict[str, Any]:
     engine = Engine(model, tokenizer, max_sequences=clients, weight_version=WeightVersion("bench", 0, "0"))
     prompts = [task.prompt for task in tasks((2 * rounds + 1) * requests, 7, held_out=False)]
     policy = DecodePolicy(temperature=0.0)
-    rows: list[dict[str, float]] = []
-    config = ServeConfig(port=0, max_sequences=clients, policy=policy, log={"file": "/dev/null"})
-    with serve_model(config) as endpoint:
-        address = f"{endpoint.base_url}/completions"
-        _over_http(address, endpoint.model, prompts[-requests:], clients, stream=True)  # warms both ways up
-        _alone(engine, prompts[-requests:], policy)
-        for start in range(rounds):
-            batch = prompts[start * 2 * requests : (start + 1) * 2 * requests]
-            alone = _alone(engine, batch[:requests], policy)
-            whole = _over_http(address, endpoint.model, batch[:requests], clients, stream=False)
-            again = _alone(engine, batch[requests:], policy)
-            stream = _over_http(address, endpoint.model, batch[requests:], clients, stream=True)
-            rows.append({"engine": alone, "whole": whole, "engine_again": again, "stream": stream})
+    rows: dict[str, list[dict[str, float]]] = {}
+    for front in ("replicas", "proxy"):
+        config = ServeConfig.model_validate(
+            {
+                "port": 0,
+                "max_sequences": clients,
+                "policy": policy,
+                "log": {"file": "/dev/null"},
+                "front": front,
+            }
+        )
+        with serve_model(config) as endpoint:
+            address = f"{endpoint.base_url}/completions"
+            _over_http(
+                address, endpoint.model, prompts[-requests:], clients, stream=True
+            )  # warms both ways up
+            _alone(engine, prompts[-requests:], policy)
+            rows[front] = [
+                _round(
+                    engine,
+                    policy,
+                    address,
+                    endpoint.model,
+                    prompts[2 * start * requests :][: 2 * requests],
+                    clients,
+                )
+                for start in range(rounds)
+            ]
+    ratios = {front: _medians(found) for front, found in rows.items()}
     return {
-        "http_ratio": median(row["stream"] / row["engine_again"] for row in rows),
-        "http_ratio_whole_answers": median(row["whole"] / row["engine"] for row in rows),
-        "unit": "committed tokens a second through HTTP over those of the engine in process",
-        "engine_tokens_per_s": median(row["engine"] for row in rows),
-        "stream_tokens_per_s": median(row["stream"] for row in rows),
-        "whole_tokens_per_s": median(row["whole"] for row in rows),
+        "http_ratio": ratios["replicas"]["stream"],
+        "unit": "committed tokens a second, streamed by the replicas themselves, over those of the engine in process",
+        "ratios": ratios,
         "rounds": rows,
         "settings": {
-            "clients": clients,
-            "requests": requests,
-            "max_tokens": MAX_TOKENS,
-            "policy": policy.model_dump(),
+            "clients": clients, "requests": requests, "max_tokens": MAX_TOKENS, "policy": policy.model_dump(),
         },
+    }  # fmt: skip
+
+
+def _round(
+    engine: Engine, policy: DecodePolicy, address: str, model: str, prompts: list[str], clients: int
+) -> dict[str, float]:
+    """Tokens a second: the engine and whole answers on one half of the prompts, the engine and streams on the other."""
+    first, second = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
+    return {
+        "engine": _alone(engine, first, policy),
+        "whole": _over_http(address, model, first, clients, stream=False),
+        "engine_again": _alone(engine, second, policy),
+        "stream": _over_http(address, model, second, clients, stream=True),
+    }
+
+
+def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {
+        "stream": median(row["stream"] / row["engine_again"] for row in rows),
+        "whole": median(row["whole"] / row["engine"] for row in rows),
+        "engine_tokens_per_s": median(row["engine"] for row in rows),
     }
 
 
