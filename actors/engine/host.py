@@ -35,6 +35,11 @@ class _Reader:
         return True
 
 
+def _deliver(batch: list[tuple[_Reader, Update]]) -> None:
+    for reader, update in batch:
+        reader.queue.put_nowait(update)
+
+
 class EngineHost:
     """Owns an engine and its thread. Every method may be called from any thread.
 
@@ -183,13 +188,25 @@ class EngineHost:
             with self._changed:
                 command = self._commands.pop(0)
             command()
-        for update in self._engine.step():
-            reader = self._readers[update.request_id]
-            if not reader.put(update):
-                self._leave(update.request_id, reader)
-            elif update.last:
-                del self._readers[update.request_id]
+        self._hand_out(self._engine.step())
         return True
+
+    def _hand_out(self, updates: list[Update]) -> None:
+        """The updates of one step, all of a loop's in one call: each call wakes the loop, and both want the interpreter."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, Update]]] = {}
+        for update in updates:
+            reader = self._readers[update.request_id]
+            batches.setdefault(reader.loop, []).append((reader, update))
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # the loop is closed, so nobody reads any more
+                for reader, update in batch:
+                    self._leave(update.request_id, reader)
+            else:
+                for _, update in batch:
+                    if update.last:
+                        del self._readers[update.request_id]
 
     def _open(self, request: Request, reader: _Reader) -> None:
         try:
