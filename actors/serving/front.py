@@ -1,7 +1,8 @@
 """An HTTP server in the replica itself: without Ray Serve's proxy a request crosses one process less.
 
-Measured with 16 clients on two cores, the embedded model loses more than half of its tokens a second between Serve's
-proxy and its replica (docs/operations.md), because every chunk of a stream is a Ray call. Here the replicas of one machine
+With 16 streaming clients on two cores the embedded model keeps half of its tokens a second behind
+Serve's proxy and three quarters without it (`bench/serving.py http_ratio`): every chunk through the proxy is a Ray call.
+Here the replicas of one machine
 listen on one port together (SO_REUSEPORT), and the kernel deals connections out to those that are alive. Ray Serve still
 starts, checks and replaces the replicas.
 """
