@@ -26,6 +26,7 @@ class Command:
         ray: the job needs Ray. One is started for it and ends with it, unless it is told to join another.
         operands: keys that bare words on the command line set, in order, such as `PATH` of `fewstep inspect PATH`; with
             none a bare word is the configuration file.
+        plan: `module:function`, called with the configuration after a dry run has printed it; empty = nothing to add.
     """
 
     summary: str
@@ -33,6 +34,7 @@ class Command:
     run: str
     ray: bool = False
     operands: tuple[str, ...] = ()
+    plan: str = ""
 
     def config_class(self) -> type[Config]:
         """The configuration class, imported now."""
@@ -50,6 +52,12 @@ class Command:
         run: Callable[[Config], None] = _attribute(self.run)
         with self._session(ray_address, ray_cpus):
             run(config)
+
+    def show_plan(self, config: Config) -> None:
+        """Prints what the job would do, where that is more than its configuration."""
+        if self.plan:
+            show: Callable[[Config], None] = _attribute(self.plan)
+            show(config)
 
     def _session(self, ray_address: str | None, ray_cpus: int | None) -> AbstractContextManager[Any]:
         if not self.ray:
@@ -88,6 +96,19 @@ COMMANDS: dict[str, Command] = {
         "serve a model over the OpenAI wire format",
         "fewstep.cluster.deploy:ServeConfig",
         "fewstep.cluster.deploy:run",
+        plan="fewstep.cluster.serve_plan:show",
+    ),
+    "key": Command(
+        "make an API key for `serve`, or take one away",
+        "fewstep.cluster.keys:KeyConfig",
+        "fewstep.cluster.keys:run",
+        operands=("name",),
+    ),
+    "loadtest": Command(
+        "load a server, and report tokens per second, latencies and errors",
+        "fewstep.cluster.loadtest_settings:LoadtestConfig",
+        "fewstep.cluster.loadtest:run",
+        operands=("url",),
     ),
     "generate": Command(
         "continue one prompt and, if asked, show how the canvas was denoised",

@@ -16,10 +16,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
+from fewstep.actors.serving.access_log import LogConfig
+from fewstep.actors.serving.limits import LimitsConfig
 from fewstep.actors.serving.model_source import ModelSource
+from fewstep.actors.serving.tracing import require_tracing
+from fewstep.cluster.admission import check_access, drain, ending
 from fewstep.cluster.served_models import check_model, model_sources
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
@@ -48,9 +53,12 @@ class ServeConfig(Config):
     name: str = ""
     """What clients pass as `model`; empty = the folder's or the registered model's name. Not for several models."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication: put something that has it in front before widening."""
+    """Address to listen on; any but a loopback address needs `keys`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 = any free one."""
+    front: Literal["proxy", "replicas"] = "proxy"
+    """Who answers HTTP: Ray Serve's proxy, which reaches replicas on other machines too, asks the less busy one and asks
+    another when one has died; or the replicas themselves, all on the same port of this machine, one process less on the way."""
     num_replicas: int = Field(default=1, ge=1)
     """Engines, each in a process of its own."""
     cpus_per_replica: float = Field(default=1.0, gt=0.0)
@@ -66,6 +74,16 @@ class ServeConfig(Config):
     """Tokens of an answer at most when the request does not say."""
     policy: DecodePolicy = DecodePolicy()
     """Decode policy of requests that do not say; its seed is never used, each request has its own."""
+    keys: Path | None = None
+    """File of API keys that requests must show one of (`fewstep key NAME` makes it); null = nobody is asked."""
+    limits: LimitsConfig = LimitsConfig()
+    """What a replica takes on, and how long a request may take."""
+    log: LogConfig = LogConfig()
+    """Where requests are logged, one line of JSON each."""
+    trace_endpoint: str = ""
+    """OTLP address for OpenTelemetry spans, such as http://127.0.0.1:4318/v1/traces; empty = none."""
+    drain_seconds: float = Field(default=30.0, gt=0.0)
+    """After SIGTERM: how long accepted requests may take to finish while new ones get 503."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +99,17 @@ class ServedEndpoint:
 
 
 def run(config: ServeConfig) -> None:
-    """Serves until Ctrl-C or SIGTERM.
+    """Serves until Ctrl-C, or until SIGTERM and the end of the requests accepted before it.
 
     Raises:
         UserError: the model, the port or the CPUs are not there; nothing was started.
         ActorDied: Ray or the HTTP proxy is gone for good.
     """
-    with serve_model(config) as endpoint:
+    with serve_model(config) as endpoint, ending() as stop:
         print(f"serving {endpoint.model} at {endpoint.base_url}  (Ctrl-C ends it)", flush=True)
-        watch(endpoint)
+        watch(endpoint, stop)
+        left = drain(config.drain_seconds)
+        print("drained" if not left else f"ending with {left} requests unfinished", flush=True)
 
 
 @contextmanager
@@ -104,6 +124,9 @@ def serve_model(config: ServeConfig) -> Iterator[ServedEndpoint]:
         ActorDied: Ray Serve or a replica did not come up.
     """
     port = free_port(config.host, config.port)
+    check_access(config.host, config.keys)
+    if config.trace_endpoint:
+        require_tracing()
     sources = model_sources(config.model, config.name, config.tracking_uri)
     for source in sources:
         check_model(Path(source.folder))
@@ -144,8 +167,8 @@ def free_port(host: str, port: int) -> int:
         raise ResourceError(f"{host}:{port}", got, allowed, fix) from error
 
 
-def watch(endpoint: ServedEndpoint) -> None:
-    """Blocks while the server can be reached; a signal ends it with its own exception.
+def watch(endpoint: ServedEndpoint, stop: threading.Event | None = None) -> None:
+    """Blocks while the server can be reached and `stop` is not set; a signal ends it with its own exception.
 
     Raises:
         ActorDied: nothing has answered for some time.
@@ -153,7 +176,7 @@ def watch(endpoint: ServedEndpoint) -> None:
     from ray import serve
     from ray.exceptions import RayError
 
-    stop = threading.Event()
+    stop = stop or threading.Event()
     while not stop.wait(_WATCH_S):
         try:
             serve.status()
@@ -186,9 +209,13 @@ def _start(config: ServeConfig, sources: Sequence[ModelSource], port: int) -> No
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from fewstep.actors.serving.replica import EngineOptions, application
+    from fewstep.actors.serving.desk import DeskOptions
+    from fewstep.actors.serving.replica import APPLICATION, EngineOptions, application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # A worker's working directory is its own affair.
+    keys = config.keys.resolve() if config.keys is not None else None
+    log = LogConfig(file=config.log.file.resolve() if config.log.file else None, prompts=config.log.prompts)
     cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     app = application(
         sources,
@@ -198,15 +225,18 @@ def _start(config: ServeConfig, sources: Sequence[ModelSource], port: int) -> No
         num_replicas=config.num_replicas,
         num_cpus=config.cpus_per_replica,
         alias_poll_s=config.alias_poll_s,
+        desk=DeskOptions(config.limits, log, keys, config.trace_endpoint),
+        drain_s=config.drain_seconds,
+        listen=(config.host, port) if config.front == "replicas" else None,
     )
     try:
         serve.start(
-            proxy_location="HeadOnly",
+            proxy_location="HeadOnly" if config.front == "proxy" else "Disabled",
             http_options=HTTPOptions(host=config.host, port=port),
             logging_config=LoggingConfig(log_level="WARNING"),
             controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENV}},
         )
-        serve.run(app, name="fewstep", route_prefix="/")
+        serve.run(app, name=APPLICATION, route_prefix="/")
     except (RuntimeError, TimeoutError, RayError) as error:
         raise ActorDied("Ray Serve", f"it did not start: {error}") from error
 

@@ -134,7 +134,7 @@ def inspect_model(folder: Path) -> Report:
         generates=_generates(config, weight_bytes, free),
         trains="yes"
         if training < free
-        else f"not here: one rank needs more than the {_bytes(free)} that are free",
+        else f"not here: one rank needs more than the {byte_text(free)} that are free",
     )
 
 
@@ -195,7 +195,7 @@ def _generates(config: ModelConfig, weight_bytes: dict[str, int], free: int) -> 
         return f"no: the engine was given {error.got} and takes {error.allowed}"
     fitting = [name for name, size in weight_bytes.items() if size < free]
     if not fitting:
-        return f"not here: the weights need more than the {_bytes(free)} that are free"
+        return f"not here: the weights need more than the {byte_text(free)} that are free"
     return f"yes, in {' or '.join(fitting)}"
 
 
@@ -223,13 +223,13 @@ def _text(report: Report) -> str:
             "parameters",
             f"{_millions(report.parameters)}{moe}, {_millions(report.embedding_parameters)} in embedding and head",
         ),
-        ("stored", f"{report.stored_dtype}, {report.files} files, {_bytes(report.file_bytes)}"),
+        ("stored", f"{report.stored_dtype}, {report.files} files, {byte_text(report.file_bytes)}"),
         *((f"as {name}", _memory(report, name)) for name in report.weight_bytes),
         (
             "training",
-            f"{_bytes(report.training_bytes)} a rank for weights, gradients and AdamW, plus activations",
+            f"{byte_text(report.training_bytes)} a rank for weights, gradients and AdamW, plus activations",
         ),
-        ("free here", _bytes(report.free_bytes)),
+        ("free here", byte_text(report.free_bytes)),
         ("generates", report.generates),
         ("trains", report.trains),
     ]
@@ -240,8 +240,8 @@ def _memory(report: Report, name: str) -> str:
     per_token = report.kv_bytes_per_token[name]
     whole = per_token * report.max_position_embeddings
     return (
-        f"{_bytes(report.weight_bytes[name])} of weights, {_bytes(per_token)} of keys and values a token"
-        f" ({_bytes(whole)} at full context)"
+        f"{byte_text(report.weight_bytes[name])} of weights, {byte_text(per_token)} of keys and values a token"
+        f" ({byte_text(whole)} at full context)"
     )
 
 
@@ -249,7 +249,8 @@ def _millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def _bytes(size: int) -> str:
+def byte_text(size: int) -> str:
+    """A size as people read it."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"

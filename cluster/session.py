@@ -46,6 +46,8 @@ _RAY_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Idle workers made in advance compete with the start-up for the cores and may never be used.
     "RAY_prestart_worker_first_driver": "0",
+    # Ray runs workers at nice 15, where a server's replicas yield to their own clients and to anything else.
+    "RAY_worker_niceness": "0",
 }
 _SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un, less the terminator
 _SESSION_SUFFIX = len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")

@@ -25,6 +25,9 @@ ALLOWED = {
     "uvicorn": ("actors/serving", "cluster"),
     "openai": ("actors/serving", "cluster"),
     "httpx": ("actors/serving", "cluster"),
+    "aiohttp": ("cluster",),
+    "prometheus_client": ("actors/serving",),
+    "opentelemetry": ("actors/serving",),
     "mlflow": ("platform", "pipelines/pyfunc", "cluster"),
     "matplotlib": ("pipelines", "cluster"),
 }

@@ -35,6 +35,11 @@ class _Reader:
         return True
 
 
+def _deliver(batch: list[tuple[_Reader, Update]]) -> None:
+    for reader, update in batch:
+        reader.queue.put_nowait(update)
+
+
 class EngineHost:
     """Owns an engine and its thread. Every method may be called from any thread.
 
@@ -42,10 +47,15 @@ class EngineHost:
 
     Args:
         engine: nobody else may use it from here on.
+
+    Attributes:
+        num_slots: requests it denoises together; weight_swaps: times it has taken other weights.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.num_slots = int(engine.stats()["slots_free"]) + engine.num_running
+        self.weight_swaps = 0
         self._readers: dict[str, _Reader] = {}
         self._commands: list[Callable[[], None]] = []
         self._changed = threading.Condition()
@@ -107,6 +117,7 @@ class EngineHost:
                 done.set_exception(error)
                 raise
             else:
+                self.weight_swaps += 1
                 done.set_result(None)
 
         self._post(swap)
@@ -123,6 +134,10 @@ class EngineHost:
             "committed_tokens": engine.committed_tokens,
             "weight_version": str(engine.weight_version),
         }
+
+    def measures(self) -> dict[str, float]:
+        """`Engine.stats`, with num_slots and weight_swaps; every number is whole, though not all of the same step."""
+        return {**self._engine.stats(), "num_slots": self.num_slots, "weight_swaps": self.weight_swaps}
 
     def close(self) -> None:
         """Stop after the step under way; open requests end with ActorDied. A second call does nothing."""
@@ -173,13 +188,25 @@ class EngineHost:
             with self._changed:
                 command = self._commands.pop(0)
             command()
-        for update in self._engine.step():
-            reader = self._readers[update.request_id]
-            if not reader.put(update):
-                self._leave(update.request_id, reader)
-            elif update.last:
-                del self._readers[update.request_id]
+        self._hand_out(self._engine.step())
         return True
+
+    def _hand_out(self, updates: list[Update]) -> None:
+        """The updates of one step, all of a loop's in one call: each call wakes the loop, and both want the interpreter."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, Update]]] = {}
+        for update in updates:
+            reader = self._readers[update.request_id]
+            batches.setdefault(reader.loop, []).append((reader, update))
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # the loop is closed, so nobody reads any more
+                for reader, update in batch:
+                    self._leave(update.request_id, reader)
+            else:
+                for _, update in batch:
+                    if update.last:
+                        del self._readers[update.request_id]
 
     def _open(self, request: Request, reader: _Reader) -> None:
         try:

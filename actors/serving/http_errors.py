@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from fewstep.actors.serving.body_errors import UnknownField, UnsupportedField
+from fewstep.actors.serving.refusals import Refused
 from fewstep.actors.serving.service import ModelNotFound
 from fewstep.platform.errors import ActorDied, FewstepError, RequestError, UserError
 
@@ -30,6 +31,8 @@ _CODES: dict[type[UserError], str] = {
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and OpenAI's error object. What is not meant for users is not shown to them."""
+    if isinstance(error, Refused):
+        return error.status, error.body()
     message, kind, param, code = str(error), "invalid_request_error", None, None
     if isinstance(error, UserError):
         param = error.field
@@ -48,7 +51,7 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
 def error_response(error: Exception) -> Response:
     """The answer to a request that an error ended."""
     status, body = error_body(error)
-    headers = error.headers if isinstance(error, HTTPException) else None
+    headers = error.headers if isinstance(error, HTTPException | Refused) else None
     return JSONResponse(body, status, headers)
 
 

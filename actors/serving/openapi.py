@@ -35,10 +35,13 @@ _GENERATION: dict[str, tuple[type[Any], type[Any], str]] = {
 }
 _ERRORS = {
     "400": "A field that is malformed, unknown, or cannot be honoured; `param` names it",
+    "401": "The server asks for an API key, and this is none of its keys",
     "404": "No such model",
+    "408": "The request's deadline passed before its answer was done",
     "413": "The body is longer than 4 MiB",
+    "429": "Too many requests wait, or the key's budget is spent; `retry-after` says for how long",
     "500": "The request failed in the engine",
-    "503": "The engine is restarting",
+    "503": "The engine is restarting, or the server is about to end",
 }
 
 
@@ -58,7 +61,12 @@ def openapi_document() -> dict[str, Any]:
             "Fields and streams are described in docs/serving.md.",
         },
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        # A server without keys asks for none.
+        "security": [{}, {"key": []}],
     }
 
 
@@ -138,7 +146,7 @@ def _generation(
         "summary": summary,
         "operationId": path.strip("/").replace("/", "_"),
         "requestBody": _body(references[body], path),
-        "responses": {"200": ok, **_errors("400", "404", "413", "500", "503")},
+        "responses": {"200": ok, **_errors("400", "401", "404", "408", "413", "429", "500", "503")},
     }
 
 
@@ -174,16 +182,21 @@ def _reading(references: Mapping[type[Any], Mapping[str, Any]]) -> dict[str, Any
     ready = _object({"ready": {"type": "boolean"}, "models": {"type": "object"}})
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     return {
-        "/v1/models": {"get": _get("List the models", listed)},
+        "/v1/models": {"get": _get("List the models", listed, _errors("401"))},
         "/v1/models/{name}": {
-            "get": {**_get("One model", entry, _errors("404")), "parameters": [name]},
+            "get": {**_get("One model", entry, _errors("401", "404")), "parameters": [name]},
         },
         "/tokenize": {
             "post": {
-                **_get("A prompt or a conversation as token ids", tokenized, _errors("400", "404", "413")),
+                **_get(
+                    "A prompt or a conversation as token ids",
+                    tokenized,
+                    _errors("400", "401", "404", "413", "429", "503"),
+                ),
                 "requestBody": _body(references[TokenizeBody], "/tokenize"),
             }
         },
+        "/metrics": {"get": _text("Metrics of all replicas, in Prometheus' text format", _errors("401"))},
         "/health": {"get": _get("Is the process well", health, _same(health, "An engine is dead"))},
         "/ready": {"get": _get("Does it take requests", ready, _same(ready, "Not yet, or no longer"))},
     }
@@ -196,6 +209,11 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 def _get(summary: str, schema: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     ok = {"description": "OK", "content": {"application/json": {"schema": schema}}}
     return {"summary": summary, "responses": {"200": ok, **(others or {})}}
+
+
+def _text(summary: str, others: Mapping[str, Any]) -> dict[str, Any]:
+    ok = {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    return {"summary": summary, "responses": {"200": ok, **others}}
 
 
 def _same(schema: Mapping[str, Any], description: str) -> dict[str, Any]:

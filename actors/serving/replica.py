@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.exceptions import RayError
 
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.kernels.model.config import ComputeDtype
@@ -20,10 +21,19 @@ from fewstep.platform.records import DecodePolicy
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from prometheus_client.metrics_core import Metric
     from ray.serve import Application
 
+    from fewstep.actors.engine.host import EngineHost
+    from fewstep.actors.serving.desk import DeskOptions
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "fewstep"
 DEPLOYMENT = "fewstep"
-_DRAIN_S = 5.0
+# Requests that do not wait for the engine (health, metrics, refusals) beside those that do.
+_BESIDE = 128
+_GATHER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class ServingReplica:
         engine: how each engine runs.
         num_threads: of torch.
         alias_poll_s: seconds between two looks at an alias.
+        desk: who is let in, and what is written down.
+        listen: host and port to listen on in this process; None = requests come through Serve's proxy.
     """
 
     def __init__(
@@ -60,11 +72,16 @@ class ServingReplica:
         engine: EngineOptions,
         num_threads: int,
         alias_poll_s: float,
+        desk: DeskOptions,
+        listen: tuple[str, int] | None = None,
     ) -> None:
         # A Ray worker imports this module before it knows what it is for; torch only where an engine lives.
         import torch
 
         from fewstep.actors.serving.alias_follower import AliasFollower
+        from fewstep.actors.serving.app import create_app
+        from fewstep.actors.serving.desk import Desk
+        from fewstep.actors.serving.front import Front
         from fewstep.actors.serving.loading import load_service
 
         torch.set_num_threads(num_threads)
@@ -74,17 +91,52 @@ class ServingReplica:
         for source, service in zip(sources, self._services, strict=True):
             if source.alias:
                 AliasFollower(service, source, engine.dtype, alias_poll_s).start()
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._desk = Desk(desk, self._engines, replica, self._gather)
+        self._front = (
+            Front(create_app(*self._services, desk=self._desk), *listen) if listen is not None else None
+        )
+
+    def _engines(self) -> dict[str, EngineHost]:
+        return {service.model.name: service.host for service in self._services}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve's hook: the application, built after the constructor."""
         from fewstep.actors.serving.app import create_app
 
-        return create_app(*self._services)
+        return create_app(*self._services, desk=self._desk)
+
+    def drain(self) -> int:
+        """Take nothing new from now on; how many requests are still being answered."""
+        return self._desk.drain()
+
+    def families(self) -> tuple[str, list[Metric]]:
+        """This replica's name and its metrics."""
+        return self._desk.replica, self._desk.metrics.families()
+
+    async def _gather(self) -> dict[str, list[Metric]]:
+        """Metrics of all replicas; one that is just ending or starting is left out of this page."""
+        answers = serve.get_deployment_handle(DEPLOYMENT, APPLICATION).broadcast("families")
+        found = dict([self.families()])
+        try:
+            others = await answers.results_async(timeout_s=_GATHER_S, return_exceptions=True)
+            found.update(answer for answer in others if not isinstance(answer, Exception))
+        except (RayError, RuntimeError, TimeoutError) as error:
+            logger.warning("metrics of this replica alone: %s", error)
+        return found
+
+    def __del__(self) -> None:
+        """Ray Serve's hook when it takes this replica away: open requests may finish, as long as Serve waits."""
+        front = getattr(self, "_front", None)
+        if front is not None:
+            front.close()
 
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
         if not all(service.host.healthy for service in self._services):
             raise ActorDied("engine", "its thread has ended")
+        if self._front is not None:
+            self._front.check()
 
 
 def application(
@@ -96,25 +148,29 @@ def application(
     num_replicas: int,
     num_cpus: float,
     alias_poll_s: float,
+    desk: DeskOptions,
+    drain_s: float,
+    listen: tuple[str, int] | None,
 ) -> Application:
     """The Ray Serve application of one endpoint.
 
     Args:
         num_cpus: logical CPUs of each replica, and torch's threads, at least one.
+        drain_s: what an ending replica gives the requests it has accepted.
         others: as ServingReplica's.
     """
     configure: Any = serve.deployment(
         name=DEPLOYMENT,
         num_replicas=num_replicas,
-        # The engine's own queue is the fair one; Serve holds back only what would make replicas uneven.
-        max_ongoing_requests=2 * engine.max_sequences * len(sources),
+        # The desk's queue is the fair and bounded one, so Serve holds nothing back that the desk would take or refuse.
+        max_ongoing_requests=(2 * engine.max_sequences + desk.limits.max_waiting) * len(sources) + _BESIDE,
         ray_actor_options={"num_cpus": num_cpus},
-        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(
-        tuple(sources), policy, max_tokens, engine, max(1, int(num_cpus)), alias_poll_s
+        tuple(sources), policy, max_tokens, engine, max(1, int(num_cpus)), alias_poll_s, desk, listen
     )
     return bound

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -25,6 +24,7 @@ from fewstep.actors.serving.answers import (
 )
 from fewstep.actors.serving.canvas_events import canvas_fields, whole_text
 from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.serving.desk import admitted
 from fewstep.actors.serving.prompts import Prompt, Prompts
 from fewstep.actors.serving.schema import ChatBody, CompletionBody, TokenizeBody, policy_for
 from fewstep.actors.serving.stream import DONE, event, merge
@@ -41,8 +41,6 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.platform.errors import RequestError
 from fewstep.platform.records import DecodePolicy, Trajectory
 from fewstep.platform.rng import derive_seed
-
-logger = logging.getLogger(__name__)
 
 
 class ModelNotFound(RequestError):
@@ -159,9 +157,10 @@ class CompletionService:
 
         Raises:
             RequestError: at once, for a request the model cannot serve.
+            QueueFull: at once, from a desk before which too many wait.
         """
         try:
-            return merge([self.host.submit(request) for request in call.requests])
+            return merge(admitted(self.model.name, self.host, call.requests, call.body.user or ""))
         except RequestError as error:
             if error.field == "prompt" and isinstance(call.body, ChatBody):
                 raise RequestError("messages", error.got, error.allowed, error.fix) from error
@@ -245,13 +244,7 @@ class CompletionService:
 
     @staticmethod
     def _settle(call: Call, tally: Tally) -> CompletionUsage:
-        usage = usage_of(call.num_prompt_tokens, list(tally.ended.values()), tally.first_block_s)
-        logger.info(
-            "%s user=%r choices=%d prompt_tokens=%d completion_tokens=%d forwards=%d",
-            call.envelope.id, call.body.user, len(tally.ended), usage.prompt_tokens, usage.completion_tokens,
-            sum(trajectory.forwards for trajectory in tally.ended.values()),
-        )  # fmt: skip
-        return usage
+        return usage_of(call.num_prompt_tokens, list(tally.ended.values()), tally.first_block_s)
 
 
 def _chosen(call: Call, tally: Tally) -> list[int]:

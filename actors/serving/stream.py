@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Any
+from contextlib import aclosing
+from typing import Any, cast
 
 from fewstep.actors.engine.request import Update
 
@@ -28,6 +29,12 @@ async def merge(streams: Sequence[AsyncIterator[Update]]) -> AsyncGenerator[tupl
     All streams run at once. Closing this generator, or a failure of one stream, cancels the others, which
     aborts their requests.
     """
+    if len(streams) == 1:
+        # The usual case without a task and a queue in between: each hop takes time from the engine's thread.
+        async with aclosing(cast(AsyncGenerator[Update], streams[0])) as only:
+            async for update in only:
+                yield 0, update
+        return
     queue: asyncio.Queue[tuple[int, Update | None]] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncIterator[Update]) -> None:
@@ -41,12 +48,12 @@ async def merge(streams: Sequence[AsyncIterator[Update]]) -> AsyncGenerator[tupl
     try:
         left = len(tasks)
         while left:
-            index, update = await queue.get()
-            if update is None:
+            index, found = await queue.get()
+            if found is None:
                 await tasks[index]  # raises what ended it
                 left -= 1
             else:
-                yield index, update
+                yield index, found
     finally:
         for task in tasks:
             task.cancel()

@@ -135,6 +135,7 @@ def _run(name: str, command: Command, argv: list[str]) -> int:
     config = load_config(config_class, Path(files[0]) if files else None, overrides)
     if arguments.dry_run:
         print(render_config(config), end="")
+        command.show_plan(config)
         return 0
     if command.ray:
         command.execute(config, arguments.ray_address, arguments.ray_cpus)

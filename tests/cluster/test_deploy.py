@@ -16,14 +16,18 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from tests.actors.serving.tiny import save_tiny
 
+from fewstep.actors.serving.keys import make_key, write_keys
 from fewstep.cluster import deploy, session
+from fewstep.cluster.admission import check_access
 from fewstep.cluster.deploy import ServeConfig, ServedEndpoint, free_port, serve_model
 from fewstep.kernels.model.checkpoint import embedded_model
-from fewstep.platform.errors import CheckpointError, ResourceError
+from fewstep.platform.errors import CheckpointError, ConfigError, ResourceError
 from fewstep.platform.records import DecodePolicy
 
 LONG: dict[str, Any] = {
@@ -40,12 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="module")
-def endpoint(folder: Path) -> Iterator[ServedEndpoint]:
+@pytest.fixture(scope="module", params=["replicas", "proxy"])
+def endpoint(folder: Path, request: pytest.FixtureRequest) -> Iterator[ServedEndpoint]:
     policy = DecodePolicy(threshold=0.5)
     config = ServeConfig(
-        model=(str(folder), ""), port=0, num_replicas=2, cpus_per_replica=0.5, max_tokens=24, policy=policy
-    )
+        model=(str(folder), ""), port=0, num_replicas=2, cpus_per_replica=0.5, max_tokens=24, policy=policy,
+        front=request.param,
+    )  # fmt: skip
     with serve_model(config) as served:
         yield served
 
@@ -98,6 +103,44 @@ def test_a_taken_port_is_refused_before_ray_starts(folder: Path) -> None:
             pytest.fail("the block must not run")
 
 
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_wide_address_needs_keys(folder: Path, tmp_path: Path, host: str) -> None:
+    keys = tmp_path / "keys.json"
+    with pytest.raises(ConfigError, match=f"host: got {host} without keys; .*`fewstep key NAME"):
+        check_access(host, None)
+    if host == "0.0.0.0":
+        with pytest.raises(ConfigError), serve_model(ServeConfig(model=str(folder), host=host, port=0)):
+            pytest.fail("the block must not run")
+    write_keys(keys, [])
+    with pytest.raises(ConfigError, match="at least one key"):
+        check_access(host, keys)
+    write_keys(keys, [make_key("ann")[1]])
+    check_access(host, keys)
+    check_access("localhost", None)
+
+
+@pytest.mark.ray
+def test_a_scrape_of_one_replica_shows_all(client: OpenAI, endpoint: ServedEndpoint) -> None:
+    for _ in range(8):
+        client.completions.create(model="tiny", prompt="abc")
+    deadline = time.monotonic() + 60
+    while True:
+        families = {
+            family.name: family
+            for family in text_string_to_metric_families(httpx.get(f"{endpoint.url}/metrics").text)
+        }
+        replicas = {sample.labels["replica"] for sample in families["fewstep_running"].samples}
+        if len(replicas) == 2:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    answers = [
+        sample.value for sample in families["fewstep_answers"].samples if sample.name.endswith("_total")
+    ]
+    assert sum(answers) >= 8
+
+
 @pytest.mark.ray
 def test_chat_completion_stream_stop_and_usage(client: OpenAI) -> None:
     sampled: dict[str, Any] = {"model": "tiny", "temperature": 1.0, "seed": 5, "max_tokens": 40}
@@ -137,7 +180,7 @@ def test_text_arrives_while_it_is_made_and_lost_readers_free_their_slots(endpoin
     pieces: list[Iterator[bytes]] = []
     started = time.monotonic()
     with ExitStack() as readers:
-        # Serve asks the idler replica first, so several streams, for both of them to have one.
+        # Several, for both replicas to have one.
         for _ in range(4):
             response = readers.enter_context(
                 httpx.stream("POST", f"{endpoint.base_url}/completions", **stream)  # type: ignore[arg-type]
@@ -166,9 +209,12 @@ def health_of_replicas(endpoint: ServedEndpoint) -> list[dict[str, Any]]:
 def test_a_killed_replica_is_not_missed(client: OpenAI) -> None:
     pids = replicas()
     assert len(pids) == 2
+    proxied = [process for process in psutil.Process().children(True) if "ProxyActor" in process.cmdline()[0]]
     os.kill(pids[0], signal.SIGKILL)
+    # A connection that was open to a replica itself is gone with it; the openai client repeats such a request by default.
+    patient = client if proxied else client.with_options(max_retries=2)
     for _ in range(20):
-        client.completions.create(model="tiny", prompt="abc")
+        patient.completions.create(model="tiny", prompt="abc")
         time.sleep(0.05)
     deadline = time.monotonic() + 60
     while len(replicas()) < 2:
@@ -207,3 +253,34 @@ def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
         server.wait()
     assert session._alive(started) == []
     assert free_port("127.0.0.1", port) == port
+
+
+@pytest.mark.ray
+def test_sigterm_finishes_what_was_accepted(folder: Path, tmp_path: Path) -> None:
+    port = free_port("127.0.0.1", 0)
+    log = tmp_path / "requests.jsonl"
+    command = [
+        sys.executable, "-m", "fewstep", "serve", "--model", str(folder), "--port", str(port), "--log.file", str(log),
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert "/v1" in server.stdout.readline()
+        started = session._tree({server.pid})
+        with httpx.stream("POST", url, json={**LONG, "stream": True}, timeout=120) as response:
+            pieces = response.iter_bytes()
+            next(pieces)
+            server.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 60
+            while (refused := httpx.post(url, json={**LONG, "max_tokens": 1}, timeout=60)).status_code == 200:
+                assert time.monotonic() < deadline
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
+        assert server.wait(60) == 0
+        assert "drained" in server.stdout.read()
+    finally:
+        server.kill()
+        server.wait()
+    assert session._alive(started) == []
+    assert f'"committed_tokens": {LONG["max_tokens"]}' in log.read_text()

@@ -20,6 +20,7 @@ from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.host import EngineHost
 from fewstep.actors.serving.app import create_app
 from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.serving.desk import Desk
 from fewstep.actors.serving.service import CompletionService, ServedModel
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.records import DecodePolicy, WeightVersion
@@ -79,11 +80,11 @@ def host_of(model: Transformer, tokenizer: Tokenizer) -> EngineHost:
 
 
 @contextmanager
-def listening(*services: CompletionService) -> Iterator[str]:
+def listening(*services: CompletionService, desk: Desk | None = None) -> Iterator[str]:
     """The application on a real socket; its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(*services), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(create_app(*services, desk=desk), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         deadline = time.monotonic() + 30

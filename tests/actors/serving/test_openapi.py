@@ -11,6 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from fewstep.actors.serving.app import create_app
+from fewstep.actors.serving.desk import Desk, DeskOptions
 from fewstep.actors.serving.openapi import openapi_document
 from fewstep.actors.serving.openapi_examples import EXAMPLES
 from fewstep.actors.serving.schema import ChatBody, CompletionBody, TokenizeBody
@@ -44,12 +45,12 @@ def body_schema(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def test_it_knows_every_route(service: CompletionService) -> None:
-    routers = [getattr(route, "original_router", None) for route in create_app(service).routes]
+    app = create_app(service, desk=Desk(DeskOptions(), lambda: {"tiny": service.host}))
+    routers = [getattr(route, "original_router", None) for route in app.routes]
+    found = [*app.routes, *(route for router in routers if router is not None for route in router.routes)]
     routes = {
         (re.sub(r":\w+\}", "}", route.path), verb.lower())
-        for router in routers
-        if router is not None
-        for route in router.routes
+        for route in found
         if isinstance(route, APIRoute)
         for verb in route.methods
     }
