@@ -25,6 +25,7 @@ class Standing:
 
     Attributes:
         bar: pass@1 below which a look is a loss; None before the first look.
+        looked_at: step of the last look; 0 = there was none.
         holds: the last look was no loss.
         losses: how many in a row were.
         best_step: the step whose weights are kept; -1 = none yet.
@@ -32,6 +33,7 @@ class Standing:
     """
 
     bar: float | None = None
+    looked_at: int = 0
     holds: bool = True
     losses: int = 0
     best_step: int = -1
@@ -53,10 +55,10 @@ class HeldOutChecks:
         self._config, self._source, self._model, self._tokenizer = config, source, model, tokenizer
         self._generate, self._verify, self._folder = generate, verify, folder
 
-    def due(self, step: int) -> bool:
-        """Whether a look follows a step."""
+    def due(self, standing: Standing, step: int, *, last: bool = False) -> bool:
+        """Whether a look follows a step: every so many, and the last."""
         every = self._config.held_out_checks.every
-        return every > 0 and step % every == 0
+        return every > 0 and standing.looked_at < step and (last or step % every == 0)
 
     def set_bar(self, standing: Standing) -> None:
         """Measure the unrefined model at one token per step, once a run."""
@@ -74,6 +76,7 @@ class HeldOutChecks:
         """
         policy = rollout_policy(self._config, threshold).model_copy(update={"temperature": 0.0})
         point = self._measure(policy)
+        standing.looked_at = step
         standing.holds = standing.bar is None or point.pass_at_1 >= standing.bar - 1e-9
         standing.losses = 0 if standing.holds else standing.losses + 1
         rank = (point.forwards_per_answer, -point.pass_at_1)

@@ -103,7 +103,7 @@ def refine(
             state = trainer.state()
             metrics |= batches.push(state, WeightVersion(tracker.run_id, step + 1, ""))
             clock.lap("push")
-            if checks.due(step + 1):
+            if checks.due(progress.standing, step + 1):
                 look = partial(checks.look, progress.standing, step + 1, progress.threshold, state)
                 metrics |= batches.between(look)
                 clock.lap("held_out")
@@ -122,6 +122,9 @@ def refine(
             report_step(config, progress, metrics)
             if progress.step % config.checkpoint_every == 0:
                 checkpoint(progress)
+        if checks.due(progress.standing, progress.step, last=True):
+            look = partial(checks.look, progress.standing, progress.step, progress.threshold, trainer.state())
+            tracker.log_metrics(batches.between(look), progress.step)
     return progress
 
 
