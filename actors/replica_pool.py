@@ -175,6 +175,8 @@ class ReplicaPool:
         for name in self.fleet.members:
             self.fleet.retire(name)
             self._discard(name)
+        if self._transport is not None:
+            self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -316,6 +318,8 @@ class ReplicaPool:
             else ObjectStoreTransport
         )
         if not isinstance(self._transport, chosen):
+            if self._transport is not None:
+                self._transport.close()
             self._transport = chosen()
         return self._transport
 

@@ -14,10 +14,11 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fewstep.actors.placement import require_room
@@ -31,6 +32,7 @@ from fewstep.platform.errors import ActorDied
 from fewstep.platform.registry import resolve
 
 Metrics = dict[str, float]
+LogprobSource = Literal["current", "reference"]
 
 
 class Objective(Protocol):
@@ -62,11 +64,9 @@ class TrainerRank:
         torch.set_num_threads(1)
         self._settings, self._config = settings, config
         self._objective: Objective = resolve("objective", objective, {})(**options)
-        if isinstance(initial, int):
-            transformer = Transformer(config)
-            transformer.initialise(initial)
-        else:
-            transformer, _ = load_model(initial, torch.float32)
+        self._initial = initial
+        self._reference: TrainingModel | None = None
+        transformer = _transformer(config, initial)
         transformer.gradient_checkpointing = settings.gradient_checkpointing
         self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled)
         self._ema = (
@@ -154,6 +154,37 @@ class TrainerRank:
         self._average()
         return totals
 
+    def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
+        """Log-probabilities of the targets under the weights as they are, or under those training started from.
+
+        The second model is read from the start when it is first asked for, and kept.
+
+        Returns:
+            float32 [R_sample] a sample, 0 where a row has no target.
+        """
+        if source == "reference" and self._reference is None:
+            frozen = _transformer(self._config, self._initial).eval().requires_grad_(False)
+            self._reference = TrainingModel(frozen, self._settings.precision)
+        model = self._model if source == "current" else self._reference
+        assert model is not None
+        bidirectional = self._config.attention_kind == "bidirectional"
+        shown = [sample.states_only() if bidirectional else sample for sample in samples]
+        results = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
+        for group in _grouped([len(sample.tokens) for sample in shown], self._settings.micro_rows):
+            rows = RowTensors.of(RowBatch.collate([shown[index] for index in group]))
+            with torch.no_grad():
+                values, _ = model(
+                    rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
+                    self._config.sees_block,
+                )  # fmt: skip
+            flat = np.zeros(rows.tokens.numel(), np.float32)
+            flat[rows.target_rows.numpy()] = values.float().numpy()
+            for index, own in zip(group, flat.reshape(tuple(rows.tokens.shape)), strict=True):
+                # States come last, so what a bidirectional model is not shown is the beginning.
+                size = len(shown[index].tokens)
+                results[index][len(results[index]) - size :] = own[:size]
+        return results
+
     def state(self) -> dict[str, torch.Tensor]:
         """The weights to publish (the moving average if one is kept)."""
         if self._ema is not None:
@@ -195,21 +226,34 @@ class TrainerRank:
                 self._ema[name].lerp_(parameter, 1 - decay)
 
 
+def _transformer(config: ModelConfig, initial: Path | int) -> Transformer:
+    if isinstance(initial, int):
+        transformer = Transformer(config)
+        transformer.initialise(initial)
+        return transformer
+    return load_model(initial, torch.float32)[0]
+
+
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _micro_batches(samples: Sequence[SampleRows], micro_rows: int) -> list[RowBatch]:
-    """Samples sorted by length and cut where the padded size would pass `micro_rows`."""
-    ordered = sorted(samples, key=lambda sample: len(sample.tokens))
-    groups: list[list[SampleRows]] = [[]]
-    for sample in ordered:
-        if groups[-1] and (len(groups[-1]) + 1) * len(sample.tokens) > micro_rows:
+def _grouped(sizes: Sequence[int], micro_rows: int) -> list[list[int]]:
+    """Indices sorted by size and cut where the padded size would pass `micro_rows`."""
+    groups: list[list[int]] = [[]]
+    for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):
+        if groups[-1] and (len(groups[-1]) + 1) * sizes[index] > micro_rows:
             groups.append([])
-        groups[-1].append(sample)
-    return [RowBatch.collate(group) for group in groups]
+        groups[-1].append(index)
+    return groups
+
+
+def _micro_batches(samples: Sequence[SampleRows], micro_rows: int) -> list[RowBatch]:
+    """Samples of about equal length together."""
+    groups = _grouped([len(sample.tokens) for sample in samples], micro_rows)
+    return [RowBatch.collate([samples[index] for index in group]) for group in groups]
 
 
 class TrainerGroup:
@@ -264,6 +308,17 @@ class TrainerGroup:
     ) -> Metrics:
         """One optimiser step, waited for."""
         return self.finish_update(self.start_update(samples, learning_rate, block_size))
+
+    def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
+        """As TrainerRank's, each rank its share; in the order of the samples."""
+        count = len(self._ranks)
+        parts = self._get(
+            [rank.logprobs.remote(samples[index::count], source) for index, rank in enumerate(self._ranks)]
+        )
+        results: list[Any] = [None] * len(samples)
+        for index, part in enumerate(parts):
+            results[index::count] = part
+        return results
 
     def state(self) -> dict[str, torch.Tensor]:
         """Rank 0's published weights."""

@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
+from fewstep.actors.judges import Judge, JudgeChoice, Tests
 from fewstep.actors.placement import require_room
-from fewstep.actors.sandbox.sandbox import Limits, Sandbox
+from fewstep.actors.sandbox.sandbox import Limits, Sandbox, require_layers
 from fewstep.platform.errors import ActorDied
 from fewstep.platform.records import Task, Verdict
 
 _log = logging.getLogger(__name__)
 
+TESTS = JudgeChoice()
 _CHUNK = 16
 _TRIES_PER_CHUNK = 3
 _START_SECONDS = 120.0
@@ -31,8 +33,15 @@ Answer = tuple[Task, str]
 class Verifier(Protocol):
     """What refinement and evaluation ask for."""
 
+    judge: Judge
+    replaced: int
+
     def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
-        """One verdict for each (task, answer), in order; what is judged is `task.program(answer)`."""
+        """One verdict for each (task, answer), in order, by its judge."""
+
+    @property
+    def isolation(self) -> str:
+        """The sandbox's layers in force."""
 
     def missing(self, languages: Sequence[str]) -> dict[str, str]:
         """Those of the languages whose programs cannot be executed (checks that `executes`), each with the reason."""
@@ -41,8 +50,21 @@ class Verifier(Protocol):
         """Ends everything it started."""
 
 
-def _judge(sandbox: Sandbox, answers: Sequence[Answer]) -> list[Verdict]:
-    return sandbox.run_many([(task.program(text), task.check, task.timeout_s) for task, text in answers])
+def _judge(sandbox: Sandbox, judge: Judge, answers: Sequence[Answer]) -> list[Verdict]:
+    return [_judged(sandbox, judge, task, text) for task, text in answers]
+
+
+def _judged(sandbox: Sandbox, judge: Judge, task: Task, text: str) -> Verdict:
+    try:
+        return judge.judge(task, text, sandbox)
+    except Exception as error:
+        # One that breaks on one odd answer must not take the run with it; that it broke is no verdict on the answer.
+        # Of the built-in one it says that the caller's check is malformed.
+        if isinstance(judge, Tests):
+            raise
+        detail = f"{type(judge).__name__} raised {type(error).__name__}: {error} (task {task.task_id})"
+        _log.exception("verifier: %s", detail)
+        return Verdict("sandbox_error", 0.0, (), 0.0, sandbox.isolation, detail)
 
 
 def _missing(sandbox: Sandbox, languages: Sequence[str]) -> dict[str, str]:
@@ -56,16 +78,29 @@ class LocalVerifier:
     Args:
         num_sandboxes: programs run at once; more than the free cores turns load into false timeouts.
         limits: ceilings of every program.
+        judge: what is asked of an answer.
+        require: isolation layers that must be in force (actors/sandbox/isolation.py).
     Raises:
         ResourceError: the host cannot isolate.
     """
 
-    def __init__(self, num_sandboxes: int = 1, limits: Limits | None = None) -> None:
+    replaced = 0  # sandboxes start again by themselves
+
+    def __init__(
+        self,
+        num_sandboxes: int = 1,
+        limits: Limits | None = None,
+        judge: JudgeChoice = TESTS,
+        require: Sequence[str] = (),
+    ) -> None:
         self._threads = ThreadPoolExecutor(num_sandboxes, thread_name_prefix="verifier")
         self._sandboxes: list[Sandbox] = []
+        self._judges = [judge.build() for _ in range(num_sandboxes)]
+        self.judge = self._judges[0]
         try:
             for _ in range(num_sandboxes):
                 self._sandboxes.append(Sandbox(limits))
+            require_layers(self.isolation, require)
         except BaseException:
             self.close()
             raise
@@ -80,7 +115,7 @@ class LocalVerifier:
         count = len(self._sandboxes)
         shares = [answers[index::count] for index in range(count)]
         verdicts: list[Verdict | None] = [None] * len(answers)
-        for index, share in enumerate(self._threads.map(_judge, self._sandboxes, shares)):
+        for index, share in enumerate(self._threads.map(_judge, self._sandboxes, self._judges, shares)):
             verdicts[index::count] = share
         return [verdict for verdict in verdicts if verdict is not None]
 
@@ -103,11 +138,12 @@ class LocalVerifier:
 class VerifierWorker:
     """One sandbox behind an actor handle."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, judge: JudgeChoice) -> None:
+        self._judge = judge.build()
         self._sandbox = Sandbox(limits)
 
     def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
-        return _judge(self._sandbox, answers)
+        return _judge(self._sandbox, self._judge, answers)
 
     def missing(self, languages: Sequence[str]) -> dict[str, str]:
         return _missing(self._sandbox, languages)
@@ -124,17 +160,28 @@ class VerifierPool:
         num_workers: sandboxes, each in an actor of its own.
         num_cpus: logical CPUs reserved for each; a fraction, because a verdict takes milliseconds.
         limits: ceilings of every program.
+        judge: what is asked of an answer.
+        require: isolation layers that must be in force on every worker's host.
     Raises:
-        ResourceError: the cluster has too few free CPUs; says how many are free.
-        ActorDied: a worker did not start, for instance because its host cannot isolate.
+        ResourceError: the cluster has too few free CPUs, says how many are free; or a host cannot isolate as asked.
+        ConfigError: an unknown judge or option.
+        ActorDied: a worker did not start; carries its last words.
     """
 
-    def __init__(self, num_workers: int = 1, num_cpus: float = 0.1, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        num_workers: int = 1,
+        num_cpus: float = 0.1,
+        limits: Limits | None = None,
+        judge: JudgeChoice = TESTS,
+        require: Sequence[str] = (),
+    ) -> None:
         import ray
 
+        self.judge = judge.build()
         require_room("verifiers", num_workers, num_cpus)
         self._ray = ray
-        self._limits = limits or Limits()
+        self._arguments = (limits or Limits(), judge)
         # Two at once: a worker says who it is while it judges. Its sandbox takes one program at a time anyway.
         self._actor: Any = ray.remote(VerifierWorker).options(
             num_cpus=num_cpus, max_restarts=0, max_task_retries=0, max_concurrency=2
@@ -143,8 +190,10 @@ class VerifierPool:
         self.replaced = 0
         try:
             for _ in range(num_workers):
-                self._workers.append(self._actor.remote(self._limits))
+                self._workers.append(self._actor.remote(*self._arguments))
             self._layers = [layers for _, layers in self._describe()]
+            for layers in self._layers:
+                require_layers(layers, require)
         except BaseException:
             self.close()
             raise
@@ -212,7 +261,7 @@ class VerifierPool:
 
     def _replace(self, worker: int, cause: Exception) -> None:
         _log.warning("verifier %d died and is replaced: %s", worker, str(cause).strip().splitlines()[0])
-        self._workers[worker] = self._actor.remote(self._limits)
+        self._workers[worker] = self._actor.remote(*self._arguments)
         self.replaced += 1
 
     def close(self) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.actors.verifier import LocalVerifier
-from fewstep.pipelines.evaluation_settings import BenchmarkChoice
 from fewstep.pipelines.self_test import refuse_misjudged, self_test
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
+from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
 from fewstep.platform.errors import FewstepError
 

@@ -30,6 +30,7 @@ import torch
 
 from fewstep.actors.replica import ReplicaSettings
 from fewstep.actors.replica_pool import ReplicaPool
+from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.trainer import TrainerGroup
 from fewstep.actors.verifier import VerifierPool
 from fewstep.cluster.session import ray_session
@@ -37,9 +38,11 @@ from fewstep.kernels.model.checkpoint import embedded_model, load_tokenizer, sta
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.exported_models import ExportedModels
 from fewstep.pipelines.objectives import OBJECTIVES
-from fewstep.pipelines.refine import Progress, Workers, refine, rollout_policy
+from fewstep.pipelines.refine import Progress, Workers, refine
 from fewstep.pipelines.refine_job import make_objective
+from fewstep.pipelines.rollouts import rollout_policy
 from fewstep.pipelines.settings import VERIFIER_CPUS, RefineConfig
+from fewstep.pipelines.task_source import TaskSource, open_tasks
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
 from fewstep.platform.mlflow_store import sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
@@ -58,6 +61,7 @@ class Bench:
     config: RefineConfig
     workers: Workers
     model: ModelConfig
+    source: TaskSource
     folder: Path
 
     def window(self, tracker: MlflowTracker | MemoryTracker) -> float:
@@ -78,6 +82,7 @@ class Bench:
             self.config,
             self.model,
             tokenizer,
+            self.source,
             make_objective(self.config),
             self.workers,
             tracker,
@@ -116,7 +121,8 @@ def opened(steps: int, folder: Path) -> Iterator[Bench]:
             receipt = pool.push(state, WeightVersion(version.run_id, version.step, state_checksum(state)))
             return {"sync/seconds": receipt.seconds, "sync/bytes": float(receipt.num_bytes)}
 
-        yield Bench(config, Workers(pool.generate, verifiers.verify, trainer, push), model, folder)
+        tasks = open_tasks(config, model, load_tokenizer(source, model), ChatTemplate(source), verifiers)
+        yield Bench(config, Workers(pool.generate, verifiers.verify, trainer, push), model, tasks, folder)
 
 
 def courier_seconds() -> float:

@@ -50,7 +50,7 @@ class Command:
             ray_cpus: logical CPUs of the local Ray; None = the cores this process may use.
         """
         run: Callable[[Config], None] = _attribute(self.run)
-        with self._session(ray_address, ray_cpus):
+        with self._session(config, ray_address, ray_cpus):
             run(config)
 
     def show_plan(self, config: Config) -> None:
@@ -59,8 +59,10 @@ class Command:
             show: Callable[[Config], None] = _attribute(self.plan)
             show(config)
 
-    def _session(self, ray_address: str | None, ray_cpus: int | None) -> AbstractContextManager[Any]:
-        if not self.ray:
+    def _session(
+        self, config: Config, ray_address: str | None, ray_cpus: int | None
+    ) -> AbstractContextManager[Any]:
+        if not self.ray or getattr(config, "in_process", False):
             return nullcontext()
         # Late, so that a command that needs no Ray does not read its module.
         from fewstep.cluster.session import ray_session
@@ -83,7 +85,7 @@ COMMANDS: dict[str, Command] = {
     "refine": Command(
         "train a model, on its own rollouts, to need fewer denoising steps",
         "fewstep.pipelines.settings:RefineConfig",
-        "fewstep.pipelines.refine_job:run",
+        "fewstep.pipelines.refine_job:command",
         ray=True,
     ),
     "evaluate": Command(

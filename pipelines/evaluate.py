@@ -19,7 +19,6 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.baseline import SLOT, Baseline, open_baseline
 from fewstep.pipelines.evaluation import (
     Contender,
-    Prepared,
     Subject,
     measure_policy,
     policies,
@@ -29,7 +28,7 @@ from fewstep.pipelines.evaluation import (
 from fewstep.pipelines.evaluation_figure import draw_evaluation
 from fewstep.pipelines.evaluation_film import draw_film
 from fewstep.pipelines.evaluation_report import Results, exclusions_text, report_text, write_report
-from fewstep.pipelines.evaluation_settings import BenchmarkChoice, EvaluateConfig
+from fewstep.pipelines.evaluation_settings import EvaluateConfig
 from fewstep.pipelines.evaluation_summary import compare_models, summarise_frontier
 from fewstep.pipelines.evaluation_tracking import (
     log_comparison,
@@ -45,6 +44,8 @@ from fewstep.pipelines.repair import compare_repairs, corrupted, measure_repair
 from fewstep.pipelines.self_test import refuse_misjudged, self_test
 from fewstep.pipelines.tasks.benchmark import Benchmark, unrunnable
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
+from fewstep.pipelines.tasks.choice import BenchmarkChoice
+from fewstep.pipelines.tasks.prepared import Prepared
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
 from fewstep.platform.config import render_config
 from fewstep.platform.errors import TaskFileError

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 from fewstep.actors.engine.request import Request
 from fewstep.actors.engine.text import decode
 from fewstep.actors.serving.chat import ChatTemplate
-from fewstep.actors.serving.schema import Message
 from fewstep.actors.verifier import Verifier
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.evaluation_settings import EvaluateConfig
 from fewstep.pipelines.frontier import SEQUENTIAL, Generate
 from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion
+from fewstep.pipelines.tasks.prepared import Prepared, prompt_tokens
 from fewstep.platform.errors import FewstepError, RequestError
 from fewstep.platform.records import DecodePolicy, Outcome, Rollout, Task
 from fewstep.platform.rng import derive_seed
@@ -82,17 +82,6 @@ class Subject(Contender):
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A task in one model's tokens."""
-
-    task: Task
-    prompt_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
-    max_tokens: int
-    stop: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Answer:
     """One judged answer: a row of answers.parquet.
 
@@ -139,7 +128,7 @@ def prepare(
     for task in benchmark.tasks:
         prepared = _prepared(subject, benchmark, task, config)
         try:
-            subject.check(_request(prepared, SEQUENTIAL, "0"))
+            subject.check(prepared.request("0", SEQUENTIAL))
         except RequestError as error:
             excluded.append(Exclusion(task.task_id, f"{error.field}: {error.got}; allowed: {error.allowed}"))
         else:
@@ -148,11 +137,8 @@ def prepare(
 
 
 def _prepared(subject: Contender, benchmark: Benchmark, task: Task, config: EvaluateConfig) -> Prepared:
-    prompt, tokenizer = task.prompt, subject.tokenizer
-    if benchmark.chat:
-        prompt = subject.chat.render([Message(role="user", content=prompt)])
-    special = not (benchmark.chat and subject.chat.templated)
-    prompt_ids = tuple(tokenizer.encode(prompt, add_special_tokens=special).ids)
+    tokenizer = subject.tokenizer
+    prompt_ids = prompt_tokens(task, tokenizer, subject.chat if benchmark.chat else None)
     stop = benchmark.answers.stop(task)
     if not benchmark.infill:
         return Prepared(task, prompt_ids, (), config.max_tokens, stop)
@@ -224,7 +210,7 @@ def _answer_part(
     requests = []
     for number, (item, seed, sample) in enumerate(jobs):
         keyed = derive_seed("evaluate", benchmark.name, item.task.task_id, seed, sample)
-        requests.append(_request(item, policy.model_copy(update={"seed": keyed}), str(number)))
+        requests.append(item.request(str(number), policy.model_copy(update={"seed": keyed})))
     start = time.perf_counter()
     trajectories = generate(requests)
     seconds = time.perf_counter() - start
@@ -242,12 +228,6 @@ def _answer_part(
     ]
     facts = {"model": subject.identity, "benchmark": benchmark.name, "digest": benchmark.digest}
     write_rollouts(path, rollouts, {**facts, "policy": policy.model_dump(mode="json"), "seconds": seconds})
-
-
-def _request(item: Prepared, policy: DecodePolicy, request_id: str) -> Request:
-    return Request(
-        request_id, item.prompt_ids, policy, item.max_tokens, item.stop, suffix_ids=item.suffix_ids
-    )
 
 
 def _pairs(part: Sequence[Prepared], rollouts: Sequence[Rollout]) -> list[tuple[Task, Rollout]]:

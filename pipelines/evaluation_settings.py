@@ -3,95 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.pipelines.settings import Sweep
+from fewstep.pipelines.tasks.choice import BenchmarkChoice, spelled_out
 from fewstep.platform.config import Config
-
-BenchmarkName = Literal[
-    "family", "tasks", "repair", "humaneval", "humaneval_plus", "humaneval_infilling", "mbpp", "mbpp_plus", "mbxp",
-    "livecodebench", "bigcodebench", "canitedit", "exercism", "codeio",
-]  # fmt: skip
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "humaneval_infilling": ("single_line", "multi_line", "random_span"),
-    "mbpp": ("all", "test"),
-    "canitedit": ("descriptive", "lazy"),
-    "codeio": ("output", "input"),
-}
-"""What `variant` may be; the first is the default."""
-_CHAT = ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus", "livecodebench", "bigcodebench", "canitedit", "exercism", "codeio")  # fmt: skip
-
 
 BASELINE_MARK = "(autoregressive)"
 """Ends the name of a baseline in tables and figures."""
-
-
-class BenchmarkChoice(Config):
-    """One benchmark; `name` or `name:path` where nothing else is set."""
-
-    name: BenchmarkName
-    """`family` and `repair` are made here, `tasks` is a file of your own, the others are read from their published files."""
-    path: Path | None = None
-    """The published file, or a folder with it; humaneval and codeio are found in their packages without one."""
-    variant: str = ""
-    """humaneval_infilling: single_line, multi_line, random_span. mbpp: all, test. canitedit: descriptive, lazy.
-    codeio: output, input. Empty = the first."""
-    chat: bool = False
-    """Ask in a message through the model's chat template, and read code blocks; false = continue text."""
-    languages: tuple[str, ...] = ()
-    """mbxp: which languages; empty = every file that is there."""
-    first_date: str = Field(default="", pattern=r"^(\d{4}-\d\d-\d\d)?$")
-    """livecodebench: contests of this day (YYYY-MM-DD) and later."""
-    last_date: str = Field(default="", pattern=r"^(\d{4}-\d\d-\d\d)?$")
-    """livecodebench: contests of this day and earlier."""
-    num_tasks: int | None = Field(default=None, ge=1)
-    """The first so many tasks (a file, with mbxp); null = all. family and repair: how many are drawn, 500 unless said."""
-    seed: int = Field(default=0, ge=0)
-    """Which tasks family and repair draw, which inputs codeio."""
-    corrupted_share: float = Field(default=0.05, gt=0.0, le=1.0)
-    """repair: share of an answer's tokens that are replaced, at least one."""
-
-    @model_validator(mode="after")
-    def _every_key_acts(self) -> BenchmarkChoice:
-        allowed = VARIANTS.get(self.name, ())
-        if self.variant and self.variant not in allowed:
-            raise ValueError(f"variant of {self.name} is {' or '.join(allowed) or 'not to be set'}")
-        acts = {
-            "chat": self.name in _CHAT,
-            "languages": self.name == "mbxp",
-            "first_date": self.name == "livecodebench",
-            "last_date": self.name == "livecodebench",
-            "path": self.name not in ("family", "repair"),
-            "seed": self.name in ("family", "repair", "codeio"),
-            "corrupted_share": self.name == "repair",
-        }
-        for key, does in acts.items():
-            if not does and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} does nothing with {self.name}")
-        return self
-
-    @property
-    def chosen_variant(self) -> str:
-        """The variant, the default one filled in."""
-        return self.variant or VARIANTS.get(self.name, ("",))[0]
-
-
-def _spelled_out(value: Any) -> Any:
-    """`humaneval`, `[humaneval, mbpp:FILE]` and lists of mappings are all lists of mappings."""
-    items = [value] if isinstance(value, str | dict) else value
-    if not isinstance(items, list | tuple):
-        return value
-    return [_one_spelled_out(item) for item in items]
-
-
-def _one_spelled_out(item: Any) -> Any:
-    if not isinstance(item, str):
-        return item
-    name, colon, path = item.partition(":")
-    return {"name": name, "path": path} if colon else {"name": name}
 
 
 class EvaluateConfig(Config):
@@ -112,7 +34,7 @@ class EvaluateConfig(Config):
     """MLflow experiment; made when missing."""
     out: Path = Path("runs/evaluate")
     """Folder for the report, the figure, the answers and the trajectories."""
-    benchmarks: Annotated[tuple[BenchmarkChoice, ...], BeforeValidator(_spelled_out)] = (
+    benchmarks: Annotated[tuple[BenchmarkChoice, ...], BeforeValidator(spelled_out)] = (
         BenchmarkChoice(name="family"),
     )
     """What is measured: names, `name:path`, or mappings with the keys of a benchmark."""

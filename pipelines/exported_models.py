@@ -32,14 +32,16 @@ class ExportedModels:
         keep: how many stay.
         name: of the logged models.
         example: a prompt.
+        source: the folder the model came from, whose other files are kept.
     """
 
     def __init__(
         self, folder: Path, keep: int, tracker: Tracker, model: ModelConfig, tokenizer: Tokenizer, *, name: str,
-        example: str,
+        example: str, source: Path | None = None,
     ) -> None:  # fmt: skip
         self._folder, self._keep, self._tracker = folder, keep, tracker
         self._model, self._tokenizer, self._name, self._example = model, tokenizer, name, example
+        self._source = source
 
     def add(
         self,
@@ -62,7 +64,7 @@ class ExportedModels:
         if target.is_dir():
             return
         before = max((number for number in self._steps() if number < step), default=0)
-        save_model(target, state, self._model, self._tokenizer)
+        save_model(target, state, self._model, self._tokenizer, self._source)
         rows = [row for row in history if before < row["step"] <= step]
         metrics = {
             name: sum(row[key] for row in rows) / len(rows)

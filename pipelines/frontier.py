@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 
 from fewstep.actors.engine.request import Request
 from fewstep.actors.engine.text import decode
+from fewstep.pipelines.tasks.answer_format import PLAIN, AnswerFormat
+from fewstep.pipelines.tasks.prepared import Prepared
 from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout, Task, Trajectory, Verdict
 from fewstep.platform.rng import derive_seed
 
@@ -42,13 +44,13 @@ def is_sequential(policy: DecodePolicy) -> bool:
 
 
 def measure(
-    tasks: Sequence[Task],
+    asked: Sequence[Prepared],
     policies: Sequence[DecodePolicy],
     generate: Generate,
     verify: Verify,
     tokenizer: Tokenizer,
     *,
-    max_tokens: int,
+    answers: AnswerFormat = PLAIN,
     observe: Observe | None = None,
 ) -> list[FrontierPoint]:
     """One point per policy, in order; the reference comes first and is added where `policies` lacks it.
@@ -56,31 +58,29 @@ def measure(
     Prints a line per policy.
 
     Args:
-        tasks: distinct tasks; each is answered once under each policy.
+        asked: distinct tasks in the model's tokens; each is answered once under each policy.
         generate: requests to trajectories, in order (an engine's or a replica pool's).
         verify: pairs of task and completion to verdicts, in order.
         tokenizer: the model's.
-        max_tokens: committed tokens of an answer at most.
+        answers: how a completion is read.
         observe: called after each policy with its point and its rollouts.
     Raises:
         ValueError: no tasks, or a task twice.
         RequestError: a prompt that the model cannot serve.
     """
+    tasks = [one.task for one in asked]
     if not tasks or len({task.task_id for task in tasks}) != len(tasks):
         raise ValueError("a frontier needs at least one task and no task twice")
     others = [policy for policy in dict.fromkeys(policies) if not is_sequential(policy)]
-    prompts = [tuple(tokenizer.encode(task.prompt).ids) for task in tasks]
     points = []
     for number, policy in enumerate([SEQUENTIAL, *others], start=1):
-        requests = [
-            Request(str(index), prompt, _keyed(policy, task), max_tokens=max_tokens)
-            for index, (task, prompt) in enumerate(zip(tasks, prompts, strict=True))
-        ]
+        requests = [one.request(str(index), _keyed(policy, one.task)) for index, one in enumerate(asked)]
         start = time.perf_counter()
         trajectories = generate(requests)
         seconds = time.perf_counter() - start
         texts = [decode(tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
-        verdicts = verify(list(zip(tasks, texts, strict=True)))
+        read = [answers.read(task, text) for task, text in zip(tasks, texts, strict=True)]
+        verdicts = verify(list(zip(tasks, read, strict=True)))
         points.append(summarise(policy, trajectories, verdicts, seconds))
         print(f"  {number:>2}/{len(others) + 1}  {one_line(points[-1])}  {seconds:.1f} s", flush=True)
         if observe is not None:

@@ -6,46 +6,45 @@ the model. The loop itself is in refine.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from tokenizers import Tokenizer
 
 from fewstep.actors.node_metrics import OtherNodes
-from fewstep.actors.placement import require_room
-from fewstep.actors.replica import ReplicaSettings
-from fewstep.actors.replica_pool import ReplicaPool
-from fewstep.actors.trainer import TrainerGroup
-from fewstep.actors.verifier import VerifierPool
+from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.verifier import Verifier
 from fewstep.kernels.model.checkpoint import load_state, load_tokenizer, save_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.exported_models import ExportedModels
-from fewstep.pipelines.frontier import measure
+from fewstep.pipelines.frontier import Generate, measure
+from fewstep.pipelines.held_out_checks import Standing
 from fewstep.pipelines.models import model_folder
 from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.objectives.credit import RefineObjective
+from fewstep.pipelines.policy_update import Trainer
 from fewstep.pipelines.progress import read_progress, write_progress
-from fewstep.pipelines.refine import Progress, Workers, draw_tasks, refine, rollout_policy
-from fewstep.pipelines.refine_report import HELD_OUT, RefineResult, conclude
-from fewstep.pipelines.settings import VERIFIER_CPUS, RefineConfig
-from fewstep.pipelines.tasks.family import tasks as family_tasks
+from fewstep.pipelines.record_rollouts import record_rollouts
+from fewstep.pipelines.refine import BEST, Progress, Workers, refine
+from fewstep.pipelines.refine_report import RefineResult, conclude
+from fewstep.pipelines.refine_workers import Engines, open_engines, open_nodes, open_trainer, open_verifier
+from fewstep.pipelines.rollouts import check_recorded, rollout_policy
+from fewstep.pipelines.settings import RefineConfig
+from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
-from fewstep.platform.artifacts import atomic_folder
+from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_tracker import MlflowTracker
-from fewstep.platform.records import FrontierPoint, Rollout, Task, WeightVersion
+from fewstep.platform.records import FrontierPoint, Rollout, WeightVersion
 from fewstep.platform.registry import resolve
 from fewstep.platform.trajectories import write_rollouts
 
-HELD_OUT_SEED = 0
 MODEL_FAMILY = "block-diffusion"
 # Where and how a run is recorded is no part of what it computes.
 UNTRACKED = {
@@ -54,65 +53,120 @@ UNTRACKED = {
 }  # fmt: skip
 
 
+def command(config: RefineConfig) -> None:
+    """`fewstep refine`, whole or its rollouts only."""
+    if config.rollouts_only:
+        record(config)
+    else:
+        run(config)
+
+
 def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineResult:
-    """The whole job inside an open Ray session.
+    """The whole job inside an open Ray session, or without one if it is to run in this process.
 
     Args:
         tags: more tags of the run; `mlflow.parentRunId` nests it under another.
+    Raises:
+        UserError: anything that can be refused, before anything is tracked or trained.
     """
+    if config.rollouts_only:
+        raise ConfigError("rollouts_only", True, "false in a job that trains", "use `fewstep refine`")
     started = time.monotonic()
-    folder = model_folder(config.model, config.tracking_uri or "")
-    model = ModelConfig.load(folder)
-    tokenizer = load_tokenizer(folder, model)
-    objective = make_objective(config)
-    fingerprint = _fingerprint(config, state_checksum(load_state(folder, model)))
-    # Everything that can be refused is refused here, before anything is started or written.
-    saved = read_progress(config.out / "checkpoint", fingerprint, resume=config.resume)
-    require_room("refinement", 1, config.total_cpus)
-    held_out = family_tasks(config.num_eval_tasks, HELD_OUT_SEED, held_out=True)
-    data = _data_digests(config, held_out)
     with ExitStack() as stack:
-        nodes = stack.enter_context(OtherNodes())
-        facts = _run_facts(config, data, nodes) | dict(tags or {})
-        resumed = saved is not None
-        tracker = stack.enter_context(open_tracker(config, held_out, data, resumed=resumed, tags=facts))
-        for node, sample in nodes.samples():
-            tracker.watch(node, sample)
-        settings = ReplicaSettings(config.max_sequences, "float32", config.replica_cpus)
-        pool = stack.enter_context(
-            ReplicaPool(folder, config.num_replicas, run_id=tracker.run_id, settings=settings)
-        )
-        verifiers = stack.enter_context(VerifierPool(config.num_verifiers, num_cpus=VERIFIER_CPUS))
-        trainer = TrainerGroup(
-            model, folder, config.trainer, OBJECTIVES.get(config.objective, config.objective),
-            config.objective_options, num_cpus=config.trainer_cpus,
-        )  # fmt: skip
-        stack.callback(trainer.close)
-        frontier = _Frontier(config, held_out, pool, verifiers, tokenizer)
+        job = _Job(config, stack)
+        saved = read_progress(config.out / "checkpoint", job.fingerprint, resume=config.resume)
+        tracker = job.open_tracker(resumed=saved is not None, tags=dict(tags or {}))
+        engines = stack.enter_context(open_engines(config, job.folder, tracker))
+        trainer = stack.enter_context(open_trainer(config, job.model, job.folder))
+        frontier = _Frontier(config, job.source, engines.generate, job.verifier, job.tokenizer)
         before = frontier.measure("before")
-        workers = Workers(pool.generate, verifiers.verify, trainer, _pusher(pool))
+        workers = Workers(engines.generate, job.verifier.verify, trainer, engines.push)
         progress = _starting_point(config, saved, trainer, tracker)
         # The replicas hold the starting weights; a resumed run's are the checkpoint's.
         workers.push(trainer.state(), WeightVersion(tracker.run_id, progress.step, ""))
-        exports = ExportedModels(
-            config.out / "models", config.keep_models, tracker, model, tokenizer, name=config.register_as,
-            example=held_out[0].prompt,
-        )  # fmt: skip
-        save = _saver(config, fingerprint, trainer, exports)
-        progress = refine(config, model, tokenizer, objective, workers, tracker, progress, save)
+        save = _saver(config, job, trainer, tracker)
+        progress = refine(
+            config, job.model, job.tokenizer, job.source, job.objective, workers, tracker, progress, save
+        )
+        if progress.stopped:
+            print(f"stopped early: {progress.stopped}", flush=True)
         save(progress)
+        published = _publish(config, job, workers, progress, tracker.run_id)
         after = frontier.measure("after")
-        save_model(config.out / "model", trainer.state(), model, tokenizer, source=folder)
         extra = {
             "refine_seconds": progress.seconds,
             "resumed_at_step": saved["step"] if saved else 0,
             "total_seconds": time.monotonic() - started,
-            "data": data,
-            "replicas_replaced": sum(member.restarts for member in pool.fleet.members.values()),
-            "verifiers_replaced": verifiers.replaced,
-            "isolation": verifiers.isolation,
+            "data": job.source.digests,
+            "published_step": published,
+            "stopped": progress.stopped,
+            **_upkeep(engines, job.verifier),
         }
-        return conclude(config, tracker, tokenizer, before, after, progress, extra)
+        return conclude(config, tracker, job.tokenizer, job.source, before, after, progress, extra)
+
+
+def record(config: RefineConfig) -> None:
+    """The rollouts of the model as it is, for a later replay."""
+    with ExitStack() as stack:
+        job = _Job(config, stack)
+        known = read_progress(config.out / "recording", job.fingerprint, resume=config.resume)
+        tracker = job.open_tracker(resumed=known is not None, tags={})
+        if known is None:
+            shutil.rmtree(config.out / "rollouts", ignore_errors=True)
+            with atomic_folder(config.out / "recording") as folder:
+                write_progress(folder, job.fingerprint, {})
+        engines = stack.enter_context(open_engines(config, job.folder, tracker))
+        record_rollouts(
+            config, job.model, job.tokenizer, job.source, job.objective, engines.generate, job.verifier, tracker
+        )  # fmt: skip
+
+
+class _Job:
+    """What is known before anything is tracked: model, tasks, verifier, objective."""
+
+    def __init__(self, config: RefineConfig, stack: ExitStack) -> None:
+        self.config, self._stack = config, stack
+        self.folder = model_folder(config.model, config.tracking_uri or "")
+        # Chat template, generation settings and whatever else came with the user's checkpoint stays with it.
+        self.origin = self.folder if config.model else None
+        self.model = ModelConfig.load(self.folder)
+        self.tokenizer = load_tokenizer(self.folder, self.model)
+        self.objective = make_objective(config)
+        recorded = _recorded(config)
+        hosts: dict[str, str] = {}
+        self._nodes: OtherNodes | None = stack.enter_context(open_nodes(config, hosts))
+        self._hosts = hosts
+        self.verifier = stack.enter_context(open_verifier(config))
+        self.source = open_tasks(config, self.model, self.tokenizer, ChatTemplate(self.folder), self.verifier)
+        weights = state_checksum(load_state(self.folder, self.model))
+        self.fingerprint = _fingerprint(config, weights, [*self.source.digests.values(), *recorded])
+
+    def open_tracker(self, *, resumed: bool, tags: Mapping[str, str]) -> MlflowTracker:
+        """The run's record, and what it says of this job."""
+        facts = _run_facts(self.config, self.source, self._hosts) | dict(tags)
+        tracker = self._stack.enter_context(
+            open_tracker(self.config, self.source, resumed=resumed, tags=facts)
+        )
+        if self.source.excluded:
+            path = self.config.out / "excluded.json"
+            rows = [asdict(one) for one in self.source.excluded]
+            atomic_write_text(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+            tracker.log_artifact(path)
+        if self._nodes is not None:
+            for node, sample in self._nodes.samples():
+                tracker.watch(node, sample)
+        return tracker
+
+
+def _recorded(config: RefineConfig) -> list[str]:
+    """Digests of the files of a replay."""
+    if config.replay is None:
+        return []
+    if config.replay.resolve().is_relative_to(config.out.resolve()):
+        raise ConfigError(
+            "replay", config.replay, f"a folder outside out={config.out}, which is written to", "set another out"
+        )  # fmt: skip
+    return [file_digest(path) for path in check_recorded(config.replay, config.steps)]
 
 
 def make_objective(config: RefineConfig) -> RefineObjective:
@@ -130,32 +184,22 @@ def make_objective(config: RefineConfig) -> RefineObjective:
     return objective
 
 
-def _run_facts(config: RefineConfig, data: Mapping[str, str], nodes: OtherNodes) -> dict[str, str]:
+def _run_facts(config: RefineConfig, source: TaskSource, hosts: Mapping[str, str]) -> dict[str, str]:
     """Tags that only this job knows."""
     return {
         "model.family": MODEL_FAMILY,
         "model.started_from": config.model or "embedded",
-        "data.digest": state_digest(data.values()),
+        "data.digest": state_digest(source.digests.values()),
         "machine.accelerator": accelerator(),
-        "machine.hosts": json.dumps(nodes.hosts),
-        "machine.num_hosts": str(len(nodes.hosts)),
-    }
-
-
-def _data_digests(config: RefineConfig, held_out: list[Task]) -> dict[str, str]:
-    """What each side's data are known by. The training side is a stream keyed by (seed, step): its first step stands
-    for it, and the rollouts' own digest is logged at the end."""
-    first = draw_tasks(config.seed, 0, config.prompts_per_step)
-    return {
-        "held_out": f"{HELD_OUT}:{state_digest(task.task_id for task in held_out)[:16]}",
-        "training": f"family-training:{state_digest([f'seed {config.seed}', *(task.task_id for task in first)])[:16]}",
+        "machine.hosts": json.dumps(hosts),
+        "machine.num_hosts": str(len(hosts)),
     }
 
 
 @contextmanager
 def open_tracker(
-    config: RefineConfig, held_out: list[Task], data: Mapping[str, str], *, resumed: bool, tags: Mapping[str, str]
-) -> Iterator[MlflowTracker]:  # fmt: skip
+    config: RefineConfig, source: TaskSource, *, resumed: bool, tags: Mapping[str, str]
+) -> Iterator[MlflowTracker]:
     """The run's MLflow writer, with its parameters and lineage."""
     plan = RunPlan(
         kind="refine", config=config, out=config.out, tracking_uri=config.tracking_uri, experiment=config.experiment,
@@ -163,46 +207,32 @@ def open_tracker(
         required=config.require_tracking, tags=tags,
     )  # fmt: skip
     with tracked_run(plan) as tracker:
-        tracker.log_dataset(
-            HELD_OUT, digest=data["held_out"].partition(":")[2], context="evaluation",
-            source="distinct specifications of the embedded family, held out by hash",
-            profile={"num_tasks": len(held_out)},
-        )  # fmt: skip
-        tracker.log_dataset(
-            "family-training", digest=data["training"].partition(":")[2], context="training",
-            source=f"specifications of the training side, keyed by (seed {config.seed}, step)",
-            profile={"prompts_per_step": config.prompts_per_step, "group_size": config.group_size},
-        )  # fmt: skip
+        _log_side(tracker, source.held_out_set, "evaluation")
+        _log_side(tracker, source.training_set, "training")
         yield tracker
 
 
-def state_digest(parts: Iterable[str]) -> str:
-    """A hexadecimal digest of a sequence of strings, order included."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()
+def _log_side(tracker: MlflowTracker, own: TaskSet, context: Literal["training", "evaluation"]) -> None:
+    tracker.log_dataset(
+        own.name, digest=own.digest[:16], context=context, source=own.origin, profile=dict(own.profile)
+    )
 
 
 class _Frontier:
     """Measures the replicas' model on the held-out tasks and keeps every answer as Parquet."""
 
     def __init__(
-        self,
-        config: RefineConfig,
-        held_out: list[Task],
-        pool: ReplicaPool,
-        verifiers: VerifierPool,
-        tokenizer: Tokenizer,
-    ) -> None:
-        self._config, self._tasks, self._pool, self._verifiers = config, held_out, pool, verifiers
+        self, config: RefineConfig, source: TaskSource, generate: Generate, verifier: Verifier, tokenizer: Tokenizer
+    ) -> None:  # fmt: skip
+        self._config, self._source, self._generate, self._verifier = config, source, generate, verifier
         self._tokenizer = tokenizer
 
     def measure(self, name: str) -> list[FrontierPoint]:
-        print(f"frontier {name} refinement, {len(self._tasks)} held-out tasks", flush=True)
+        print(f"frontier {name} refinement, {len(self._source.held_out)} held-out tasks", flush=True)
         return measure(
-            self._tasks, self._config.sweep.policies(), self._pool.generate, self._verifiers.verify, self._tokenizer,
-            max_tokens=self._config.max_tokens, observe=lambda point, rollouts: self._keep(name, point, rollouts),
+            self._source.held_out, self._config.sweep.policies(), self._generate, self._verifier.verify,
+            self._tokenizer, answers=self._source.answers,
+            observe=lambda point, rollouts: self._keep(name, point, rollouts),
         )  # fmt: skip
 
     def _keep(self, name: str, point: FrontierPoint, rollouts: list[Rollout]) -> None:
@@ -210,31 +240,32 @@ class _Frontier:
         write_rollouts(path, rollouts, {"policy": point.policy.model_dump(mode="json"), "model": name})
 
 
-def _pusher(pool: ReplicaPool) -> Callable[[Mapping[str, torch.Tensor], WeightVersion], dict[str, float]]:
-    def push(state: Mapping[str, torch.Tensor], version: WeightVersion) -> dict[str, float]:
-        receipt = pool.push(state, WeightVersion(version.run_id, version.step, state_checksum(state)))
-        return {"sync/seconds": receipt.seconds, "sync/bytes": float(receipt.num_bytes)}
+def _upkeep(engines: Engines, verifier: Verifier) -> dict[str, Any]:
+    return {
+        "replicas_replaced": engines.replaced,
+        "verifiers_replaced": verifier.replaced,
+        "isolation": verifier.isolation,
+    }
 
-    return push
 
-
-def _fingerprint(config: RefineConfig, weights: str) -> str:
-    """Configuration and starting weights; where a run is kept is not part of what it computes."""
-    kept = config.model_copy(update={"out": Path(), "resume": True, "model": "", **UNTRACKED})
-    return f"{weights} {kept.model_dump_json()}"
+def _fingerprint(config: RefineConfig, weights: str, data: Sequence[str]) -> str:
+    """Configuration, starting weights and data; where a run is kept is not part of what it computes."""
+    own = {"out": Path(), "resume": True, "model": "", "replay": None}
+    kept = config.model_copy(update={**own, **UNTRACKED})
+    return f"{weights} {state_digest(data)} {kept.model_dump_json()}"
 
 
 def _starting_point(
-    config: RefineConfig, saved: dict[str, Any] | None, trainer: TrainerGroup, tracker: MlflowTracker
+    config: RefineConfig, saved: dict[str, Any] | None, trainer: Trainer, tracker: MlflowTracker
 ) -> Progress:
     """Step 0, or the checkpoint's step with its weights loaded and its curve told to the new tracker run."""
     if saved is None:
         # Rollouts and checkpoints of an older run in this folder are that run's.
-        for stale in ("rollouts", "models"):
+        for stale in ("rollouts", "models", BEST):
             shutil.rmtree(config.out / stale, ignore_errors=True)
         return Progress(threshold=config.curriculum.start)
     trainer.load((config.out / "checkpoint").resolve())
-    progress = Progress(**saved)
+    progress = Progress(**{**saved, "standing": Standing(**saved["standing"])})
     for row in progress.history:
         tracker.log_metrics({k: v for k, v in row.items() if k not in ("step", "seconds")}, int(row["step"]))
     print(f"resumed at step {progress.step}", flush=True)
@@ -242,15 +273,32 @@ def _starting_point(
 
 
 def _saver(
-    config: RefineConfig, fingerprint: str, trainer: TrainerGroup, exports: ExportedModels
+    config: RefineConfig, job: _Job, trainer: Trainer, tracker: MlflowTracker
 ) -> Callable[[Progress], None]:
     """Writes the checkpoint whole or not at all, and its weights as a model."""
+    exports = ExportedModels(
+        config.out / "models", config.keep_models, tracker, job.model, job.tokenizer, name=config.register_as,
+        example=job.source.held_out[0].task.prompt, source=job.origin,
+    )  # fmt: skip
 
     def save(progress: Progress) -> None:
         with atomic_folder(config.out / "checkpoint") as folder:
             trainer.save(folder.resolve())
-            write_progress(folder, fingerprint, asdict(progress))
+            write_progress(folder, job.fingerprint, asdict(progress))
         policy = rollout_policy(config, progress.threshold)
         exports.add(trainer.state(), progress.step, policy, progress.history)
 
     return save
+
+
+def _publish(config: RefineConfig, job: _Job, workers: Workers, progress: Progress, run_id: str) -> int:
+    """Write the model: the weights that looked best on held-out tasks where such looks were taken, else the last ones;
+    the engines hold them afterwards. Returns their step."""
+    state, step = workers.trainer.state(), progress.step
+    best = progress.standing.best_step
+    if 0 <= best < step:
+        state, step = load_state(config.out / BEST, job.model), best
+        print(f"the weights of step {best} looked best on held-out tasks and are kept", flush=True)
+    workers.push(state, WeightVersion(run_id, step, ""))
+    save_model(config.out / "model", state, job.model, job.tokenizer, job.origin)
+    return step

@@ -32,15 +32,13 @@ from fewstep.pipelines.run_findings import answers_to_questions
 from fewstep.pipelines.run_record import folder_record
 from fewstep.pipelines.run_report import write_report
 from fewstep.pipelines.settings import RefineConfig
-from fewstep.pipelines.tasks.family import Specification
+from fewstep.pipelines.task_source import TaskSource
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
 from fewstep.platform.errors import UserError
 from fewstep.platform.mlflow_store import shown_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout
 from fewstep.platform.trajectories import describe_rollouts, read_rollouts, write_rollouts
-
-HELD_OUT = "family-held-out"
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,7 @@ def conclude(
     config: RefineConfig,
     tracker: MlflowTracker,
     tokenizer: Tokenizer,
+    source: TaskSource,
     before: list[FrontierPoint],
     after: list[FrontierPoint],
     progress: Progress,
@@ -89,7 +88,7 @@ def conclude(
     """Files, figures, MLflow and the registry, from what was measured.
 
     Args:
-        extra: goes into the report as it is; `total_seconds` and `data` are read from it.
+        extra: goes into the report as it is; `total_seconds` is read from it.
     """
     speedup, out = compare(before, after), config.out
     table = comparison_table(before, after, speedup)
@@ -104,9 +103,9 @@ def conclude(
     figures += draw_films(out, answers, policies, tokenizer, block_size)
     for name in figures:
         tracker.log_figure(name, out / f"{name}.png", step=progress.step)
-    _log_rollouts(config, tracker, answers)
+    _log_rollouts(config, tracker, source, answers)
     tracker.log_metrics(_measured(speedup.before), step=0)
-    uri = _registered(config, tracker, before, after, served, progress.step, extra["data"]["held_out"])
+    uri = _registered(config, tracker, source, before, after, served, progress.step)
     uri = _promoted(config, tracker, uri) if held else uri
     report = {**_report(config, before, after, progress), **extra, "held_bar": held, "policies": policies}
     report["cost"] = run_cost(
@@ -136,11 +135,11 @@ def conclude(
 def _registered(
     config: RefineConfig,
     tracker: MlflowTracker,
+    source: TaskSource,
     before: list[FrontierPoint],
     after: list[FrontierPoint],
     served: FrontierPoint,
     step: int,
-    data: str,
 ) -> str:
     """The address of the candidate that the refined model becomes, or its folder while the store is away."""
     speedup = compare(before, after)
@@ -150,11 +149,11 @@ def _registered(
         name=config.register_as,
         alias=CANDIDATE,
         metrics=_summary(speedup, served),
-        input_example=Specification.parse(_kept(config.out, "after", served)[0].task_id).prompt,
+        input_example=source.held_out[0].task.prompt,
         policy=served.policy,
         step=step,
-        dataset=HELD_OUT,
-        facts=standing_facts(after, before, speedup, data),
+        dataset=source.held_out_set.name,
+        facts=standing_facts(after, before, speedup, source.held_out_set.reference),
     )  # fmt: skip
 
 
@@ -174,7 +173,9 @@ def _promoted(config: RefineConfig, tracker: MlflowTracker, uri: str) -> str:
     return f"models:/{config.register_as}@{CHAMPION}"
 
 
-def _log_rollouts(config: RefineConfig, tracker: MlflowTracker, answers: Mapping[str, list[Rollout]]) -> None:
+def _log_rollouts(
+    config: RefineConfig, tracker: MlflowTracker, source: TaskSource, answers: Mapping[str, list[Rollout]]
+) -> None:
     """Rollouts by reference: an index of the files with their digests; the compared held-out answers as files; and a
     table of a few of each step."""
     out = config.out
@@ -184,9 +185,9 @@ def _log_rollouts(config: RefineConfig, tracker: MlflowTracker, answers: Mapping
         out / "trajectories.json", json.dumps({"folder": str(out.resolve()), "files": index}, indent=1) + "\n"
     )
     tracker.log_artifact(out / "trajectories.json")
+    prompts = {one.task.task_id: one.task.prompt for one in source.held_out}
     for when, rollouts in answers.items():
         path = out / "answers" / f"{when}.parquet"
-        prompts = {own.task_id: Specification.parse(own.task_id).prompt for own in rollouts}
         facts = {"model": when, "policy": rollouts[0].trajectory.policy.label(), "prompts": prompts}
         write_rollouts(path, rollouts, facts)
         tracker.log_artifact(path, "answers")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fewstep.actors.trainer_settings import TrainerSettings
+from fewstep.pipelines.tasks.choice import BenchmarkChoice, one_spelled_out
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy
 
@@ -123,6 +124,21 @@ class Curriculum(Config):
         return self
 
 
+class HeldOutChecks(Config):
+    """Looks at held-out tasks while training: which weights are kept, and when a run has lost what it had."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between two looks; 0 = none."""
+    num_tasks: int = Field(default=32, ge=1)
+    """Tasks of a look; none of them is trained on or measured at the end."""
+    max_drop: float = Field(default=0.03, ge=0.0, le=1.0)
+    """A look is a loss if pass@1 is further than this below the unrefined model's at one token per step."""
+    patience: int = Field(default=3, ge=0)
+    """Losses in a row that end the run; 0 = it never ends for that."""
+    gates_curriculum: bool = False
+    """The threshold falls only while the last look was no loss."""
+
+
 class RefineConfig(Config):
     """On-policy refinement: the model trains on its own verified trajectories to need fewer steps."""
 
@@ -130,12 +146,24 @@ class RefineConfig(Config):
     """Model folder or models:/NAME@ALIAS to start from; empty = the embedded model."""
     out: Path = Path("runs/refine")
     """Run folder: model, checkpoint, rollouts, report, figures and the resolved configuration."""
+    tasks: Annotated[BenchmarkChoice, BeforeValidator(one_spelled_out)] = BenchmarkChoice(name="family")
+    """What is trained on: `tasks:FILE` (pipelines/tasks/files.py), or any benchmark of `fewstep evaluate` but infilling."""
+    held_out: Annotated[BenchmarkChoice | None, BeforeValidator(one_spelled_out)] = None
+    """What the model is measured by; null = `held_out_share` of the tasks."""
+    held_out_share: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of the tasks that is never trained on, chosen by a hash of each task's name; the family has its own."""
+    verifier: str = "tests"
+    """`tests`, `exact`, `regex`, `json_schema`, `compiles`, `weighted`, or a dotted path package.module:Class."""
+    verifier_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the verifier."""
+    sandbox_requires: tuple[str, ...] = ()
+    """Isolation layers without which the run refuses to start, such as [pidns, netns, mountns]."""
     seed: int = Field(default=0, ge=0)
     steps: int = Field(default=100, ge=1)
     max_seconds: float | None = Field(default=None, gt=0.0)
     """Stop refining after this long even if steps are left; None = no limit."""
     objective: str = "distill"
-    """`distill`, `seed`, or a dotted path package.module:Class."""
+    """`distill`, `seed`, `trace`, `coupled`, or a dotted path package.module:Class."""
     objective_options: dict[str, float | int | str] = Field(default_factory=dict)
     """Keyword arguments of the objective."""
     prompts_per_step: int = Field(default=48, ge=1)
@@ -146,12 +174,22 @@ class RefineConfig(Config):
     max_tokens: int = Field(default=80, ge=1)
     """Completion budget of rollouts and measurements; the longest right answer of the family has 63 tokens."""
     curriculum: Curriculum = Curriculum()
+    held_out_checks: HeldOutChecks = HeldOutChecks()
     learning_rate: float = Field(default=5e-4, gt=0.0)
     warmup_steps: int = Field(default=5, ge=0)
     decay_share: float = Field(default=0.3, ge=0.0, le=1.0)
     """The rate falls linearly to a tenth over this last share of the run (of steps or seconds, whichever ends it)."""
     updates_per_step: int = Field(default=2, ge=1)
     """Optimiser steps per batch of rollouts; each sees its own part of the groups."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Weight versions between those that made a batch of rollouts and those it trains; 0 = synchronous, 1 = the next
+    batch is made while this one trains."""
+    rollouts_only: bool = False
+    """Write the rollouts of `steps` steps of the model as it is, and train nothing."""
+    replay: Path | None = None
+    """Train from the rollouts that an earlier run wrote here (its `rollouts` folder), instead of making any."""
+    in_process: bool = False
+    """Engine, sandbox and trainer in this process, without Ray: for debuggers."""
     num_replicas: int = Field(default=2, ge=1)
     num_verifiers: int = Field(default=2, ge=1)
     max_sequences: int = Field(default=48, ge=1)
@@ -163,7 +201,7 @@ class RefineConfig(Config):
     """Logical CPUs a trainer rank reserves."""
     sweep: Sweep = Sweep()
     num_eval_tasks: int = Field(default=500, ge=1)
-    """Distinct held-out specifications the frontier is measured on, before and after."""
+    """Held-out tasks the frontier is measured on, before and after; of other tasks than the family's, at most so many."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between two checkpoints; each is a logged model with its metrics."""
     keep_models: int = Field(default=2, ge=1)
@@ -192,4 +230,31 @@ class RefineConfig(Config):
     def _every_rank_has_work(self) -> RefineConfig:
         if self.prompts_per_step < self.updates_per_step * self.trainer.num_ranks:
             raise ValueError("prompts_per_step must be at least updates_per_step x trainer.num_ranks")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_can_be_split(self) -> RefineConfig:
+        family = BenchmarkChoice(name="family")
+        if self.tasks.name == "repair" or (self.held_out and self.held_out.name in ("repair", "family")):
+            raise ValueError(
+                "tasks and held_out are files of tasks or benchmarks; repair is none, family is no held_out"
+            )
+        if self.tasks.name == "family" and (self.tasks != family or self.held_out is not None):
+            raise ValueError(
+                "the family draws and holds out by itself: set num_eval_tasks and seed, and no held_out"
+            )
+        if self.held_out is not None and self.held_out_share != 0.1:
+            raise ValueError("held_out_share does nothing with held_out")
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> RefineConfig:
+        if self.held_out_checks.gates_curriculum and not self.held_out_checks.every:
+            raise ValueError("held_out_checks.gates_curriculum needs held_out_checks.every")
+        if self.rollouts_only and self.replay is not None:
+            raise ValueError("rollouts_only and replay exclude each other")
+        if self.max_staleness and (self.rollouts_only or self.replay is not None or self.in_process):
+            raise ValueError("max_staleness does nothing with rollouts_only, replay or in_process")
+        if self.in_process and self.trainer.num_ranks != 1:
+            raise ValueError("in_process has one trainer rank: set trainer.num_ranks=1")
         return self

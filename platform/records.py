@@ -202,7 +202,7 @@ class Verdict:
 
     Attributes:
         outcome: outcome class; only `passed` earns reward.
-        score: in [0, 1], fraction of tests passed (1.0 iff outcome is `passed`).
+        score: in [0, 1], fraction of tests passed, or another verifier's measure; 1.0 where all passed.
         tests: per-test pass flags, in order; shorter than asked when the program died early.
         seconds: wall time in the sandbox.
         isolation: the layers that were really in force, e.g. `process+rlimits+netns+mountns`.
@@ -235,12 +235,12 @@ class Rollout:
     advantage: float = 0.0
 
 
-CheckKind = Literal["call", "script", "source", "stdin"]
+CheckKind = Literal["call", "script", "source", "stdin", "reference"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """How an answer is verified. Exactly one of four forms, the safest first.
+    """How an answer is verified. Exactly one of five forms, the safest first.
 
     call: `entry_point` is called with each of `inputs` (positional arguments as JSON lists) inside the
         sandbox; what it returns is sent out and compared with `expected` outside, so the program never sees
@@ -252,10 +252,12 @@ class Check:
     source: program and `test_code` are one program in `language`, or, with `module`, two files of which the tests
         import the program's by that name. It passes if it ends well after its last test: for tests that cannot
         be told apart from the program (docs/decisions/0011-other-languages.md).
+    reference: nothing is executed: another verifier than `tests` holds the answer against the task's canonical
+        solution or its tags (actors/judges.py).
 
     Attributes:
         language: of the program, a name of actors/sandbox/languages.py; `call` and `script` are Python's alone.
-        entry_point: the function asked for; a name for humans where kind is `source` or `stdin`.
+        entry_point: the function asked for; a name for humans where kind is `source`, `stdin` or `reference`.
     """
 
     kind: CheckKind

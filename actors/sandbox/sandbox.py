@@ -100,7 +100,9 @@ class Sandbox:
     """
 
     def __init__(
-        self, limits: Limits | None = None, namespaces: Literal["auto", "require", "user", "off"] = "auto"
+        self,
+        limits: Limits | None = None,
+        namespaces: Literal["auto", "require", "user", "off"] = "auto",
     ) -> None:
         self._limits = limits or Limits()
         self._namespaces = namespaces
@@ -287,7 +289,27 @@ class Sandbox:
         return seconds
 
 
+def require_layers(isolation: str, required: Sequence[str]) -> None:
+    """Refuse an isolation that lacks a layer.
+
+    Args:
+        isolation: layers in force, joined by `+`.
+        required: names of isolation.py, such as `pidns` and `netns`.
+    Raises:
+        ResourceError: says which are lacking.
+    """
+    if lacking := sorted(set(required) - set(isolation.split("+"))):
+        raise ResourceError(
+            "sandbox isolation",
+            f"{isolation}, without {', '.join(lacking)}",
+            "a host that gives every required layer",
+            _ALLOW_NAMESPACES + ", or require less",
+        )
+
+
 def _validate(check: Check, timeout_s: float) -> None:
+    if check.kind == "reference":
+        raise ValueError(f"a check of kind reference has nothing to run: {check.entry_point}")
     if timeout_s <= 0:
         raise ValueError(f"timeout_s must be positive, got {timeout_s}")
     if check.kind in ("call", "stdin") and not (check.inputs and len(check.inputs) == len(check.expected)):

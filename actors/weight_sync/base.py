@@ -84,6 +84,12 @@ class WeightTransport(ABC):
     def publish(self, state: Mapping[str, torch.Tensor]) -> AbstractContextManager[Payload]:
         """Make `state` reachable for the length of a block; a late receiver gets these bytes or an error."""
 
+    def all_answered(self) -> None:  # noqa: B027 -- most transports keep nothing
+        """Called inside `publish`'s block when every receiver has answered."""
+
+    def close(self) -> None:  # noqa: B027
+        """Release what is kept between pushes."""
+
     def send(
         self,
         state: Mapping[str, torch.Tensor],
@@ -104,6 +110,9 @@ class WeightTransport(ABC):
         with self.publish(state) as payload:
             futures = {name: receive(payload, version) for name, receive in receivers.items()}
             wait(futures.values(), timeout=deadline_s)
+            # One that failed may still be reading: a caller's error is no proof of the process's end.
+            if all(future.done() and future.exception() is None for future in futures.values()):
+                self.all_answered()
             for name, future in futures.items():
                 outcome = _outcome(future, version, deadline_s)
                 if isinstance(outcome, Echo):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -18,10 +19,14 @@ from fewstep.kernels.model.shards import INDEX_FILE, ShardedTensors, write_shard
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.artifacts import atomic_folder
 from fewstep.platform.errors import CheckpointError
+from fewstep.platform.rng import generator
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+_WORD_KEYS = generator("state-checksum").integers(0, 2**63, 1 << 15, dtype=np.uint64) | np.uint64(1)
 
 
 def embedded_model() -> Path:
@@ -30,12 +35,23 @@ def embedded_model() -> Path:
 
 
 def state_checksum(state: Mapping[str, torch.Tensor]) -> str:
-    """blake2b over names, shapes and bytes, in name order; equal weights give equal checksums anywhere."""
+    """A digest over names, shapes and bytes, in name order; equal weights give equal checksums anywhere.
+
+    Proof against accidents, not against forgers. Runs of 2^15 words of 64 bits go in as Σ word · key mod 2^64: an odd key
+    has an inverse, so no single word can change unseen, and keys that differ see words that change places. It reads 7 GB
+    a second where blake2b over the bytes reads 0.9, and every push has two of them.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
         array = state[name].detach().cpu().contiguous()
         digest.update(f"{name}:{array.dtype}:{tuple(array.shape)}".encode())
-        digest.update(array.view(torch.uint8).numpy().data if array.numel() else b"")
+        if array.numel():
+            raw = array.reshape(-1).view(torch.uint8).numpy()
+            words = raw[: len(raw) // 8 * 8].view(np.uint64)
+            whole = len(words) // len(_WORD_KEYS) * len(_WORD_KEYS)
+            digest.update((words[:whole].reshape(-1, len(_WORD_KEYS)) @ _WORD_KEYS).tobytes())
+            digest.update((words[whole:] @ _WORD_KEYS[: len(words) - whole]).tobytes())
+            digest.update(raw[len(words) * 8 :].tobytes())
     return digest.hexdigest()
 
 

@@ -30,6 +30,10 @@ class RefineObjective(Objective, Protocol):
     `credit` runs on the driver: one group of rollouts of one prompt in, their credits out; `progress` is the share
     of the run that lies behind. `loss` runs in the trainer (`actors/trainer.py: Objective`). `estimator` names the
     states the loss is evaluated on.
+
+    Two attributes ask the trainer for more, and may be absent: `has_reference` for `reference_logprob` in the rows'
+    extras, of the model that refinement started from on the same states; `corrects_mismatch` for `old_logprob` from the
+    trainer before the step's first update, and the engine's as `rollout_logprob`.
     """
 
     def estimator(self) -> Estimator: ...

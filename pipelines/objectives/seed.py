@@ -17,10 +17,10 @@ import torch
 from fewstep.kernels.model.training import RowTensors
 from fewstep.pipelines.estimators import Estimator, TrajectoryEstimator
 from fewstep.pipelines.objectives.credit import Credit, adjacent_surrogate, pairwise_surrogate
+from fewstep.pipelines.objectives.policy_gradient import KlForm, Penalty, clipped_surrogate
 from fewstep.platform.records import Rollout
 
 _SURROGATES = {"pairwise": pairwise_surrogate, "adjacent": adjacent_surrogate}
-_MAX_LOG_RATIO = 10.0
 
 
 class Seed:
@@ -32,7 +32,11 @@ class Seed:
         surrogate: `pairwise` (eq. 11, logarithmic in the steps) or `adjacent` (linear).
         clip: ε of the ratio's clip; 0.2 is usual.
         max_states: recorded states per rollout that are trained on.
+        kl: β of the KL to the model that refinement started from; 0 = none is kept.
+        kl_form: `k2` or `k3`.
     """
+
+    corrects_mismatch = False
 
     def __init__(
         self,
@@ -41,7 +45,10 @@ class Seed:
         surrogate: Literal["pairwise", "adjacent"] = "pairwise",
         clip: float = 0.2,
         max_states: int = 4,
+        kl: float = 0.0,
+        kl_form: KlForm = "k3",
     ) -> None:
+        self.penalty, self.has_reference = Penalty(kl, kl_form), kl > 0.0
         self.speed_weight, self.ramp, self.clip, self.max_states = speed_weight, ramp, clip, max_states
         self._surrogate = _SURROGATES[surrogate]
 
@@ -69,13 +76,12 @@ class Seed:
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         advantage = rows.extras["advantage"]
         log_ratio = logprob - rows.extras["old_logprob"]
-        ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-        clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)
-        surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-        loss = -(rows.weights * surrogate).sum()
-        outside = (ratio - clipped).abs() > 0
+        surrogate, outside = clipped_surrogate(log_ratio, advantage, self.clip, self.clip)
+        penalty, of_penalty = self.penalty.of(logprob, rows.extras, rows.weights)
+        loss = penalty - (rows.weights * surrogate).sum()
         return loss, {
             "clipped_sum": outside.float().sum().detach(),
             "mismatch_sum": log_ratio.detach().abs().sum(),
             "entropy_sum": entropy.detach().sum(),
+            **of_penalty,
         }

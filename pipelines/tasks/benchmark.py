@@ -171,13 +171,16 @@ def make_tasks(
 
 
 def unrunnable(tasks: Sequence[Task], verifier: Verifier) -> list[Exclusion]:
-    """The tasks in languages whose programs the verifier cannot execute, each with the reason."""
+    """The tasks that have nothing to execute, or are in languages whose programs the verifier cannot execute, each with
+    the reason."""
     missing = verifier.missing(sorted({task.check.language for task in tasks if task.check.executes}))
-    return [
-        Exclusion(task.task_id, missing[task.check.language])
-        for task in tasks
-        if task.check.executes and task.check.language in missing
-    ]
+    excluded = []
+    for task in tasks:
+        if task.check.kind == "reference":
+            excluded.append(Exclusion(task.task_id, "has no check to execute"))
+        elif task.check.executes and task.check.language in missing:
+            excluded.append(Exclusion(task.task_id, missing[task.check.language]))
+    return excluded
 
 
 def text_of(row: Row, key: str, *, empty: bool = False) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
-from fewstep.pipelines.evaluation_settings import BenchmarkChoice
 from fewstep.pipelines.tasks import (
     bigcodebench,
     canitedit,
@@ -17,14 +17,16 @@ from fewstep.pipelines.tasks import (
     mbpp,
     mbxp,
 )
-from fewstep.pipelines.tasks.answer_format import PLAIN
+from fewstep.pipelines.tasks.answer_format import CHAT, FENCED, JSON, PLAIN, PYTHON
 from fewstep.pipelines.tasks.benchmark import Benchmark
+from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.pipelines.tasks.family import tasks as family_tasks
 from fewstep.pipelines.tasks.files import read_tasks
 from fewstep.platform.artifacts import file_digest
 from fewstep.platform.errors import TaskFileError
 
 DRAWN_TASKS = 500
+_ANSWERS = {"plain": PLAIN, "python": PYTHON, "fenced": FENCED, "json": JSON}
 
 
 def load_benchmark(choice: BenchmarkChoice) -> Benchmark:
@@ -57,7 +59,11 @@ def _tasks(choice: BenchmarkChoice) -> Benchmark:
     if choice.path is None:
         raise TaskFileError("tasks: path", "nothing", "a JSON Lines task file", "set path")
     tasks = tuple(read_tasks(choice.path))[: choice.num_tasks]
-    return Benchmark("tasks", tasks, choice.path.name, file_digest(choice.path), PLAIN)
+    if choice.chat:
+        # The prompt is a message then, no part of the program.
+        tasks = tuple(task if task.header is not None else replace(task, header="") for task in tasks)
+    answers = _ANSWERS[choice.answers] if choice.answers else CHAT if choice.chat else PLAIN
+    return Benchmark("tasks", tasks, choice.path.name, file_digest(choice.path), answers, chat=choice.chat)
 
 
 _Loader = Callable[[BenchmarkChoice], Benchmark]

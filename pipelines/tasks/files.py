@@ -5,7 +5,8 @@
      "timeout_s": 2.0, "tags": {"family": "toy"}}
 
 A `script` check has `test_code` instead of `inputs` and `expected`; a `stdin` check has inputs `[["text"]]` and expected
-`["printed text"]`; a `source` check has `test_code` and a `language` (or a `module` that Python's tests import). A task may
+`["printed text"]`; a `source` check has `test_code` and a `language` (or a `module` that Python's tests import). A
+`reference` check executes nothing: another verifier holds the answer against `canonical_solution` or `tags`. A task may
 have a `header` (what stands before the answer, where that is not the prompt) and a `suffix`. Values are JSON; what JSON lacks (tuples, sets, bytes,
 ...) is written as actors/sandbox/values.py does: `{"$tuple": [1, 2]}`. Types matter: 1, 1.0 and true are three answers.
 Blank lines are skipped; every other line must be a whole, valid task with an id of its own.
@@ -32,7 +33,7 @@ class _CheckLine(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     kind: CheckKind
-    entry_point: str = Field(pattern=r"^[A-Za-z_]\w*$")
+    entry_point: str = Field(default="answer", pattern=r"^[A-Za-z_]\w*$")
     inputs: list[list[Any]] = []
     expected: list[Any] = []
     test_code: str = ""
@@ -46,10 +47,15 @@ class _CheckLine(BaseModel):
             self._compares()
         elif self.inputs or self.expected:
             raise ValueError("inputs and expected belong to kind=call or stdin")
+        elif self.kind == "reference":
+            if self.test_code:
+                raise ValueError("test_code belongs to kind=script or source")
         elif self.kind == "script":
             self._defines_its_parts()
         elif not self.test_code.strip():
             raise ValueError("kind=source needs test_code")
+        if self.kind != "reference" and "entry_point" not in self.model_fields_set:
+            raise ValueError(f"kind={self.kind} needs entry_point")
         if self.kind != "source" and (self.language != "python" or self.module):
             raise ValueError("language and module belong to kind=source")
         if self.language not in LANGUAGES:
@@ -163,7 +169,9 @@ def _parse(line: str) -> Task:
 
 def _to_json(task: Task) -> dict[str, Any]:
     check: dict[str, Any] = {"kind": task.check.kind, "entry_point": task.check.entry_point}
-    if task.check.kind in ("call", "stdin"):
+    if task.check.kind == "reference":
+        pass
+    elif task.check.kind in ("call", "stdin"):
         check["inputs"] = [[values.encode(value) for value in arguments] for arguments in task.check.inputs]
         check["expected"] = [values.encode(value) for value in task.check.expected]
     else:

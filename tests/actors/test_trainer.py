@@ -13,7 +13,9 @@ from fewstep.actors.trainer import TrainerGroup, _micro_batches
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.kernels.rows import SampleRows
+from fewstep.kernels.model.training import RowTensors, TrainingModel
+from fewstep.kernels.model.transformer import Transformer
+from fewstep.kernels.rows import RowBatch, SampleRows
 from fewstep.platform.errors import ActorDied, ResourceError
 
 pytestmark = pytest.mark.ray
@@ -129,3 +131,30 @@ def test_a_dead_rank_is_named_with_its_cause() -> None:
 def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once() -> None:
     with pytest.raises(ResourceError, match="trainer ranks: got 9 x 1 CPU; allowed: at most"):
         TrainerGroup(CONFIG, 7, TrainerSettings(num_ranks=9), OBJECTIVE)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_logprobs_are_of_the_weights_that_are_asked_for(num_ranks: int) -> None:
+    """One rank or two, padded batches or not: the same numbers; the reference stays where training started."""
+    samples = _samples(3, 7)
+    group = TrainerGroup(CONFIG, 7, TrainerSettings(num_ranks=num_ranks), OBJECTIVE, num_cpus=0.5)
+    try:
+        first = group.logprobs(samples, "current")
+        assert all(len(values) == len(s.tokens) for values, s in zip(first, samples, strict=True))
+        group.update(_samples(0), 1e-2)
+        moved, reference = group.logprobs(samples, "current"), group.logprobs(samples, "reference")
+    finally:
+        group.close()
+    model = Transformer(CONFIG)
+    model.initialise(7)
+    for sample, before, after, frozen in zip(samples, first, moved, reference, strict=True):
+        rows = RowTensors.of(RowBatch.collate([sample]))
+        with torch.no_grad():
+            expected, _ = TrainingModel(model)(
+                rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets, CONFIG.block_size
+            )
+        asked = sample.targets >= 0
+        np.testing.assert_allclose(before[asked], expected.numpy(), atol=1e-5)
+        np.testing.assert_allclose(frozen[asked], expected.numpy(), atol=1e-5)
+        assert (before[~asked] == 0.0).all()
+        assert np.abs(after[asked] - before[asked]).max() > 1e-3

@@ -117,11 +117,40 @@ def test_a_receiver_cannot_change_the_senders_bytes(threads: ThreadPoolExecutor)
 def test_no_descriptor_is_left_open(threads: ThreadPoolExecutor) -> None:
     state = some_state()
     before = len(os.listdir("/proc/self/fd"))
+    transport = SharedMemoryTransport(64)
+    counts = set()
     for _ in range(5):
-        SharedMemoryTransport(64).send(
-            state, version_of(state), {"a": lambda p, v: threads.submit(read, p, v)}
-        )
+        transport.send(state, version_of(state), {"a": lambda p, v: threads.submit(read, p, v)})
+        counts.add(len(os.listdir("/proc/self/fd")))
+    assert len(counts) == 1  # kept for the next push, and no more than that
+    transport.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_serves_the_next_push_only_when_nobody_can_still_read_it(threads: ThreadPoolExecutor) -> None:
+    """Whoever has not answered keeps a push's bytes or gets an error, never the bytes of a later push."""
+    states = [some_state(seed) for seed in range(4)]
+    transport, payloads = SharedMemoryTransport(), []
+
+    def keep(payload: Payload, version: WeightVersion) -> Future[Echo]:
+        payloads.append(payload)
+        return threads.submit(read, payload, version)
+
+    hung: Future[Echo] = Future()
+    for index, others in enumerate(({}, {"hung": lambda p, v: hung}, {}, {})):
+        receipt = transport.send(
+            states[index], version_of(states[index]), {"a": keep, **others}, deadline_s=0.2
+        )
+        assert list(receipt.echoes) == ["a"]
+    inodes = [payload.regions[0].inode for payload in payloads]
+    assert inodes[0] == inodes[1]  # the first push was read by all
+    assert inodes[1] not in inodes[2:]  # the second was not
+    assert inodes[2] == inodes[3]
+    with pytest.raises(FileNotFoundError), payloads[1].open():
+        pytest.fail("the block must not run")
+    other_shapes = {"layer.0": torch.ones(7)}
+    assert transport.send(other_shapes, version_of(other_shapes), {"a": keep}).failures == {}
+    transport.close()
 
 
 def test_a_wrong_echo_a_death_and_a_hang_do_not_spoil_the_rest(threads: ThreadPoolExecutor) -> None:

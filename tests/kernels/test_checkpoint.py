@@ -120,3 +120,24 @@ def test_a_configuration_that_cannot_be_is_refused_by_name(
     _edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=named):
         ModelConfig.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("size", [1, 7, 9, 5_000, 70_001, 300_000])
+def test_a_checksum_sees_every_byte_and_its_place(dtype: torch.dtype, size: int) -> None:
+    """The last bytes behind whole words, words behind whole runs, and two words that change places."""
+    base = (torch.arange(size) % 113 + 1).to(dtype)
+    seen = {state_checksum({"w": base})}
+    for index in {0, size // 2, size - 1}:
+        changed = base.clone()
+        changed[index] = -3
+        seen.add(state_checksum({"w": changed}))
+    variants = [{"w": base.reshape(1, -1)}, {"v": base}, {"w": base.view(torch.uint8)}]
+    seen |= {state_checksum(variant) for variant in variants}
+    different = len({0, size // 2, size - 1}) + 1 + len(variants) - int(dtype is torch.uint8)
+    assert len(seen) == different
+    if size > 64:
+        swapped = base.clone()
+        swapped[:16], swapped[32:48] = base[32:48], base[:16].clone()
+        assert state_checksum({"w": swapped}) not in seen
+    assert state_checksum({"w": base.clone()}) in seen

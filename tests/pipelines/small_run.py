@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fewstep.actors.engine.engine import Engine
-from fewstep.actors.trainer import Metrics
+from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.trainer import LogprobSource, Metrics
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.kernels.model.checkpoint import embedded_model, load_model, save_model
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.frontier import measure
 from fewstep.pipelines.objectives.distill import Distill
 from fewstep.pipelines.refine import Progress, Workers, refine
-from fewstep.pipelines.refine_job import open_tracker, state_digest
-from fewstep.pipelines.refine_report import HELD_OUT, RefineResult, conclude
+from fewstep.pipelines.refine_job import open_tracker
+from fewstep.pipelines.refine_report import RefineResult, conclude
 from fewstep.pipelines.settings import RefineConfig, Sweep
-from fewstep.pipelines.tasks.family import tasks
+from fewstep.pipelines.task_source import open_tasks
 from fewstep.platform.records import FrontierPoint, Rollout, WeightVersion
 from fewstep.platform.trajectories import write_rollouts
 
@@ -31,6 +35,9 @@ class IdleTrainer:
 
     def update(self, samples: Sequence[SampleRows], learning_rate: float) -> Metrics:
         return {"loss": 0.5, "targets": float(sum((s.targets >= 0).sum() for s in samples))}
+
+    def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
+        raise AssertionError("distillation compares with nothing")
 
     def state(self) -> dict[str, torch.Tensor]:
         return dict(self._model.state_dict())
@@ -56,19 +63,14 @@ def small_run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> Re
     """The whole of refine_job.py's `run` but pools and training; the model after is the model before."""
     model, tokenizer = load_model(embedded_model())
     engine = Engine(model, tokenizer, max_sequences=16, weight_version=WeightVersion("test", 0, ""))
-    held_out = tasks(config.num_eval_tasks, 0, held_out=True)
-    data = {
-        "held_out": f"{HELD_OUT}:{state_digest(task.task_id for task in held_out)[:16]}",
-        "training": "family-training:0123",
-    }
 
     def push(state: Mapping[str, torch.Tensor], version: WeightVersion) -> dict[str, float]:
         return {"sync/seconds": 0.01}
 
-    with (
-        LocalVerifier() as verifier,
-        open_tracker(config, held_out, data, resumed=False, tags=tags or {}) as tracker,
-    ):
+    with ExitStack() as stack:
+        verifier = stack.enter_context(LocalVerifier())
+        source = open_tasks(config, model.config, tokenizer, ChatTemplate(embedded_model()), verifier)
+        tracker = stack.enter_context(open_tracker(config, source, resumed=False, tags=tags or {}))
         frontiers: dict[str, list[FrontierPoint]] = {}
         for when in ("before", "after"):
 
@@ -77,23 +79,32 @@ def small_run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> Re
                 write_rollouts(path, rollouts, {"model": when})
 
             frontiers[when] = measure(
-                held_out,
+                source.held_out,
                 config.sweep.policies(),
                 engine.generate,
                 verifier.verify,
                 tokenizer,
-                max_tokens=80,
                 observe=keep,
             )
         workers = Workers(engine.generate, verifier.verify, IdleTrainer(model), push)
         progress = refine(
-            config, model.config, tokenizer, Distill(), workers, tracker, Progress(), lambda progress: None
+            config,
+            model.config,
+            tokenizer,
+            source,
+            Distill(),
+            workers,
+            tracker,
+            Progress(),
+            lambda progress: None,
         )
         save_model(config.out / "model", model.state_dict(), model.config, tokenizer)
         extra = {
-            "data": data,
+            "data": source.digests,
             "total_seconds": 12.0,
             "refine_seconds": progress.seconds,
             "isolation": verifier.isolation,
         }
-        return conclude(config, tracker, tokenizer, frontiers["before"], frontiers["after"], progress, extra)
+        return conclude(
+            config, tracker, tokenizer, source, frontiers["before"], frontiers["after"], progress, extra
+        )

@@ -18,10 +18,10 @@ import pytest
 from pydantic import ValidationError
 
 from fewstep.actors.verifier import LocalVerifier
-from fewstep.pipelines.evaluation_settings import BenchmarkChoice
 from fewstep.pipelines.tasks import evalplus, mbpp
 from fewstep.pipelines.tasks.benchmark import Benchmark
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
+from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.pipelines.tasks.codeio import package_file
 from fewstep.platform.errors import ResourceError, TaskFileError
 from fewstep.platform.records import Outcome, Verdict

@@ -24,13 +24,14 @@ from fewstep.pipelines.baseline import open_baseline
 from fewstep.pipelines.evaluate import evaluate, open_subjects, plan, prove, run
 from fewstep.pipelines.evaluation import Subject, policies, prepare
 from fewstep.pipelines.evaluation_report import Results
-from fewstep.pipelines.evaluation_settings import BenchmarkChoice, EvaluateConfig
+from fewstep.pipelines.evaluation_settings import EvaluateConfig
 from fewstep.pipelines.evaluation_summary import by_task
 from fewstep.pipelines.frontier import Generate
 from fewstep.pipelines.publish import publish_model
 from fewstep.pipelines.settings import Sweep
 from fewstep.pipelines.tasks.benchmark import Benchmark
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
+from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.pipelines.tasks.vocabulary import EOS, MASK, PAD, build_tokenizer
 from fewstep.platform.errors import CheckpointError, ConfigError, FewstepError, TaskFileError
 from fewstep.platform.mlflow_store import open_client, sqlite_uri

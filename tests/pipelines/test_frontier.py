@@ -25,6 +25,7 @@ from fewstep.pipelines.frontier import (
     summarise,
 )
 from fewstep.pipelines.frontier_table import comparison_table, frontier_table
+from fewstep.pipelines.task_source import prepared_plainly
 from fewstep.pipelines.tasks.family import tasks
 from fewstep.pipelines.tasks.vocabulary import EOS, MASK, PAD, build_tokenizer
 from fewstep.platform.records import (
@@ -189,8 +190,8 @@ def test_measuring_a_real_engine(engine: Engine, capsys: pytest.CaptureFixture[s
 
     sampled = DecodePolicy(threshold=0.5, temperature=1.0, seed=3)
     points = measure(
-        asked, [sampled, SEQUENTIAL, DecodePolicy(kind="static", tokens_per_step=8)], generate, verify,
-        engine.tokenizer, max_tokens=24, observe=lambda *found: seen.append(found),
+        prepared_plainly(asked, engine.tokenizer, 24), [sampled, SEQUENTIAL, DecodePolicy(kind="static", tokens_per_step=8)], generate, verify,
+        engine.tokenizer, observe=lambda *found: seen.append(found),
     )  # fmt: skip
     assert [found.policy.label() for found in points] == ["static_1", "threshold_0.5", "static_8"]
     assert [found for found, _ in seen] == points
@@ -210,7 +211,13 @@ def test_measuring_a_real_engine(engine: Engine, capsys: pytest.CaptureFixture[s
 def test_a_task_twice_is_refused(engine: Engine) -> None:
     task = tasks(1, seed=0, held_out=True)[0]
     with pytest.raises(ValueError, match="no task twice"):
-        measure([task, task], [], engine.generate, lambda pairs: [], engine.tokenizer, max_tokens=8)
+        measure(
+            prepared_plainly([task, task], engine.tokenizer, 8),
+            [],
+            engine.generate,
+            lambda pairs: [],
+            engine.tokenizer,
+        )
 
 
 def test_error_bars_shrink_with_the_square_root_of_the_tasks() -> None:

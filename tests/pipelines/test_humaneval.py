@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fewstep.actors.verifier import LocalVerifier
-from fewstep.pipelines.evaluation_settings import BenchmarkChoice
 from fewstep.pipelines.self_test import refuse_misjudged, self_test
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
+from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.pipelines.tasks.humaneval import NUM_TASKS, load_humaneval, with_body
 from fewstep.platform.errors import ResourceError
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from fewstep.kernels.model.training import RowTensors
+from fewstep.pipelines.objectives.coupled import Coupled
 from fewstep.pipelines.objectives.credit import adjacent_surrogate, pairwise_surrogate
 from fewstep.pipelines.objectives.denoise import Denoise
 from fewstep.pipelines.objectives.distill import Distill
+from fewstep.pipelines.objectives.policy_gradient import (
+    KlForm,
+    clipped_surrogate,
+    kl_penalty,
+    mismatch_weight,
+)
 from fewstep.pipelines.objectives.seed import Seed
+from fewstep.pipelines.objectives.trace import Trace
+from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import DecodePolicy, Rollout, Trajectory, Verdict
 
 
@@ -98,3 +110,133 @@ def test_distill_certainty_term_adds_entropy() -> None:
 def test_denoise_is_weighted_cross_entropy() -> None:
     loss, _ = Denoise().loss(torch.tensor([-1.0, -3.0]), torch.zeros(2), _rows([0, 0], [0, 0]))
     assert float(loss) == pytest.approx(2.0)
+
+
+def _scored(opened: list[int], score: float, sample: int = 0) -> Rollout:
+    rollout = _rollout(opened, score == 1.0, sample)
+    return replace(rollout, verdict=replace(rollout.verdict, score=score))
+
+
+def _gradient(loss: torch.Tensor, logprob: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(loss, logprob)[0]
+
+
+def test_kl_forms_are_the_estimators_of_their_definition() -> None:
+    """Both are 0 with slope 0 at equality; k3 is unbiased: its mean over π_θ is the KL itself."""
+    logits, other = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([1.0, 0.5, -0.5])
+    new, reference = torch.log_softmax(logits, 0), torch.log_softmax(other, 0)
+    exact = (new.exp() * (new - reference)).sum()
+    assert float((new.exp() * kl_penalty(new, reference, "k3")).sum()) == pytest.approx(
+        float(exact), rel=1e-5
+    )
+    for form in ("k2", "k3"):
+        same = reference.clone().requires_grad_()
+        kl = kl_penalty(same, reference, form)
+        assert kl.detach().abs().max() < 1e-6
+        assert _gradient(kl.sum(), same).abs().max() < 1e-6
+        away = (reference + 0.3).requires_grad_()
+        assert (_gradient(kl_penalty(away, reference, form).sum(), away) > 0).all()
+    assert kl_penalty(torch.tensor(-1.0), torch.tensor(-1.5), "k2") == pytest.approx(0.125)
+
+
+def test_an_asymmetric_clip_lets_a_token_grow_further_than_it_may_shrink() -> None:
+    ratio = torch.tensor([1.25, 1.35, 0.85, 0.75])
+    log_ratio = ratio.log().requires_grad_()
+    surrogate, outside = clipped_surrogate(log_ratio, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.3)
+    assert outside.tolist() == [False, True, False, True]
+    assert surrogate.tolist() == pytest.approx([1.25, 1.3, -0.85, -0.8])
+    assert (_gradient(surrogate.sum(), log_ratio) != 0).tolist() == [True, False, True, False]
+
+
+def test_mismatch_is_corrected_up_to_a_bound_and_never_differentiated() -> None:
+    old = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    weight = mismatch_weight(old, torch.tensor([-1.0, -0.5, -4.0]), 2.0)
+    assert weight.tolist() == pytest.approx([1.0, math.exp(-0.5), 2.0])
+    assert not weight.requires_grad
+
+
+def test_trace_z_scores_and_filters_groups() -> None:
+    group = [_scored([4], 1.0), _scored([4], 0.5, 1), _scored([4], 0.0, 2), _scored([4], 0.5, 3)]
+    credits = Trace(min_pass_rate=0.2, max_pass_rate=0.8).credit(group, 0.0)
+    assert [credit.advantage for credit in credits] == pytest.approx([2**0.5, 0.0, -(2**0.5), 0.0])
+    assert {credit.weight for credit in credits} == {1.0}
+    for scores in ([1.0, 1.0, 1.0, 0.0], [0.0, 0.5, 0.0, 0.0], [1.0, 1.0], [0.0, 0.0]):
+        rate = sum(score == 1.0 for score in scores) / len(scores)
+        kept = Trace(min_pass_rate=0.2, max_pass_rate=0.7).credit([_scored([4], s) for s in scores], 0.0)
+        assert {credit.weight for credit in kept} == {float(0.2 <= rate <= 0.7 and len(set(scores)) > 1)}
+
+
+def test_trace_is_its_formula() -> None:
+    """Σ w·ρ-clipped-A with the correction, plus β·k3, written out; value and gradient."""
+    rows = _rows([1.0, -2.0, 0.5], [-1.0, -0.7, -2.0])
+    extras = {
+        **rows.extras,
+        "rollout_logprob": torch.tensor([-1.1, -0.7, -3.5]),
+        "reference_logprob": torch.tensor([-1.2, -0.5, -2.0]),
+    }
+    rows = replace(rows, extras=extras)
+    logprob = torch.tensor([-0.9, -0.8, -1.2], requires_grad=True)
+    objective = Trace(clip_low=0.2, clip_high=0.3, kl=0.1, mismatch_bound=2.0)
+    assert objective.has_reference
+    assert objective.corrects_mismatch
+    loss, metrics = objective.loss(logprob, torch.zeros(3), rows)
+    plain = torch.zeros(())
+    for index in range(3):
+        old, advantage = extras["old_logprob"][index], extras["advantage"][index]
+        ratio = (logprob[index] - old).exp()
+        clipped = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
+        correction = min(2.0, math.exp(float(old - extras["rollout_logprob"][index])))
+        apart = extras["reference_logprob"][index] - logprob[index]
+        plain = plain - correction * clipped / 3 + 0.1 * (apart.exp() - 1 - apart) / 3
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
+    torch.testing.assert_close(_gradient(loss, logprob), _gradient(plain, logprob))
+    assert {"kl_sum", "correction_sum", "clipped_sum"} <= metrics.keys()
+
+
+def _coupled_rows() -> tuple[RowTensors, torch.Tensor]:
+    """Two samples of three tokens; everything masked, then a mask and its complement. Rows of a token lie apart."""
+    positions = torch.tensor([[4, 5, 6, 5, 4, 6], [7, 8, 9, 7, 9, 8]])
+    share = torch.tensor([0.5, 0.5, 0.5, 2.0, 0.6, 0.6, 0.5, 0.5, 0.5, 1.0, 1.0, 0.7])
+    advantage = torch.tensor([1.0] * 6 + [-0.5] * 6)
+    weights = torch.tensor(([0.1] * 3 + [0.0] * 3) * 2)
+    rows = RowTensors(
+        tokens=positions, positions=positions, copies=torch.zeros_like(positions),
+        target_rows=torch.arange(12), targets=torch.zeros(12, dtype=torch.int64), weights=weights,
+        extras={
+            "share": share, "advantage": advantage, "old_logprob": -torch.linspace(0.2, 1.3, 12),
+            "reference_logprob": -torch.linspace(0.3, 1.0, 12),
+        },
+    )  # fmt: skip
+    return rows, positions.flatten()
+
+
+@pytest.mark.parametrize("form", ["k2", "k3"])
+def test_coupled_is_its_formula_token_by_token(form: KlForm) -> None:
+    rows, positions = _coupled_rows()
+    logprob = (rows.extras["old_logprob"] + torch.linspace(-0.3, 0.3, 12)).requires_grad_()
+    loss, _ = Coupled(clip_low=0.2, clip_high=0.4, kl=0.05, kl_form=form).loss(logprob, torch.zeros(12), rows)
+    plain = torch.zeros(())
+    for sample, position in ((s, p) for s in (0, 1) for p in positions[6 * s : 6 * s + 6].unique().tolist()):
+        own = [row for row in range(6 * sample, 6 * sample + 6) if positions[row] == position]
+
+        def of(values: torch.Tensor, own: list[int] = own) -> torch.Tensor:
+            return torch.stack([rows.extras["share"][row] * values[row] for row in own]).sum()
+
+        new, old, reference = (
+            of(v) for v in (logprob, rows.extras["old_logprob"], rows.extras["reference_logprob"])
+        )
+        ratio, advantage = (new - old).exp(), rows.extras["advantage"][own[0]]
+        clipped = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.4) * advantage)
+        apart = reference - new
+        kl = apart.square() / 2 if form == "k2" else apart.exp() - 1 - apart
+        plain = plain - 0.1 * clipped + 0.05 * 0.1 * kl
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
+    torch.testing.assert_close(_gradient(loss, logprob), _gradient(plain, logprob))
+
+
+def test_a_reference_is_asked_for_only_where_it_counts() -> None:
+    for kind in (Trace, Coupled, Seed):
+        assert kind(kl=0.1).has_reference
+        assert not kind(kl=0.0).has_reference
+    with pytest.raises(ConfigError, match="k2 or k3"):
+        Trace(kl_form="k1")  # type: ignore[arg-type]

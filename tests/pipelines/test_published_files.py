@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from fewstep.actors.verifier import LocalVerifier
-from fewstep.pipelines.evaluation_settings import BenchmarkChoice
 from fewstep.pipelines.self_test import self_test
 from fewstep.pipelines.tasks.benchmark import Benchmark
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
+from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.pipelines.tasks.codeio import package_file
 from fewstep.platform.errors import ResourceError
 from fewstep.platform.records import Task

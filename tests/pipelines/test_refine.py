@@ -11,29 +11,27 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from fewstep.actors.engine.engine import Engine
-from fewstep.actors.trainer import Metrics
+from fewstep.actors.serving.chat import ChatTemplate
+from fewstep.actors.trainer import LogprobSource, Metrics
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import embedded_model, load_model
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.objectives.distill import Distill
-from fewstep.pipelines.refine import (
-    Progress,
-    Workers,
-    advance,
-    draw_tasks,
-    learning_rate,
-    refine,
-    rollout_policy,
-)
+from fewstep.pipelines.policy_update import learning_rate
+from fewstep.pipelines.refine import Progress, Workers, advance, refine
 from fewstep.pipelines.refine_job import make_objective
 from fewstep.pipelines.refine_job import run as run_job
+from fewstep.pipelines.rollouts import rollout_policy
 from fewstep.pipelines.settings import Curriculum, RefineConfig, Sweep
+from fewstep.pipelines.task_source import draw_family, open_tasks
 from fewstep.pipelines.tasks.family import Specification
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_store import sqlite_uri
@@ -55,6 +53,9 @@ class RecordingTrainer:
         self.batches.append(samples)
         return {"loss": 0.0, "targets": float(sum((s.targets >= 0).sum() for s in samples))}
 
+    def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
+        raise AssertionError("distillation compares with nothing")
+
     def state(self) -> dict[str, torch.Tensor]:
         return dict(self._model.state_dict())
 
@@ -75,8 +76,17 @@ def _run(config: RefineConfig) -> tuple[RecordingTrainer, Progress, MemoryTracke
 
     with LocalVerifier() as verifier:
         workers = Workers(engine.generate, verifier.verify, trainer, push)
+        source = open_tasks(config, model.config, tokenizer, ChatTemplate(embedded_model()), verifier)
         progress = refine(
-            config, model.config, tokenizer, Distill(), workers, tracker, Progress(), lambda progress: None
+            config,
+            model.config,
+            tokenizer,
+            source,
+            Distill(),
+            workers,
+            tracker,
+            Progress(),
+            lambda progress: None,
         )
     return trainer, progress, tracker, pushed
 
@@ -105,7 +115,7 @@ def test_training_weights_add_up_to_the_share_of_trained_tokens(tmp_path: Path) 
 
 
 def test_tasks_of_a_step_are_new_training_tasks() -> None:
-    one, two = draw_tasks(0, 0, 30), draw_tasks(0, 1, 30)
+    one, two = draw_family(0, 0, 30), draw_family(0, 1, 30)
     assert len({task.task_id for task in one}) == 30
     assert len({task.task_id for task in one} & {task.task_id for task in two}) <= 1
     assert not any(Specification.parse(task.task_id).held_out for task in one + two)

@@ -1,0 +1,115 @@
+"""Looks at held-out tasks while a model is refined: the bar it must hold, the best weights so far, and when to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from fewstep.actors.engine.text import decode
+from fewstep.actors.trainer import Metrics
+from fewstep.kernels.model.checkpoint import save_model
+from fewstep.kernels.model.config import ModelConfig
+from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, summarise
+from fewstep.pipelines.rollouts import State, rollout_policy
+from fewstep.pipelines.settings import RefineConfig
+from fewstep.pipelines.task_source import TaskSource
+from fewstep.platform.records import DecodePolicy, FrontierPoint
+from fewstep.platform.rng import derive_seed
+
+
+@dataclass
+class Standing:
+    """What the looks so far came to.
+
+    Attributes:
+        bar: pass@1 below which a look is a loss; None before the first look.
+        looked_at: step of the last look; 0 = there was none.
+        holds: the last look was no loss.
+        losses: how many in a row were.
+        best_step: the step whose weights are kept; -1 = none yet.
+        best_forwards, best_pass_at_1: what they came to.
+    """
+
+    bar: float | None = None
+    looked_at: int = 0
+    holds: bool = True
+    losses: int = 0
+    best_step: int = -1
+    best_forwards: float = float("inf")
+    best_pass_at_1: float = 0.0
+
+
+class HeldOutChecks:
+    """Asks the replicas' model the watched tasks, greedily, at the threshold of the rollouts.
+
+    Args:
+        folder: where the best weights are kept, as a model.
+    """
+
+    def __init__(
+        self, config: RefineConfig, source: TaskSource, model: ModelConfig, tokenizer: Tokenizer, generate: Generate,
+        verify: Verify, folder: Path,
+    ) -> None:  # fmt: skip
+        self._config, self._source, self._model, self._tokenizer = config, source, model, tokenizer
+        self._generate, self._verify, self._folder = generate, verify, folder
+
+    def due(self, standing: Standing, step: int, *, last: bool = False) -> bool:
+        """Whether a look follows a step: every so many, and the last."""
+        every = self._config.held_out_checks.every
+        return every > 0 and standing.looked_at < step and (last or step % every == 0)
+
+    def set_bar(self, standing: Standing) -> None:
+        """Measure the unrefined model at one token per step, once a run."""
+        if self._config.held_out_checks.every and standing.bar is None:
+            point = self._measure(SEQUENTIAL)
+            standing.bar = max(0.0, point.pass_at_1 - self._config.held_out_checks.max_drop)
+
+    def look(self, standing: Standing, step: int, threshold: float, state: State) -> Metrics:
+        """One look; keeps the weights if they are the best so far.
+
+        Best is the fewest forwards per answer among looks that hold the bar, then the higher pass@1.
+
+        Args:
+            state: the weights that are looked at.
+        """
+        policy = rollout_policy(self._config, threshold).model_copy(update={"temperature": 0.0})
+        point = self._measure(policy)
+        standing.looked_at = step
+        standing.holds = standing.bar is None or point.pass_at_1 >= standing.bar - 1e-9
+        standing.losses = 0 if standing.holds else standing.losses + 1
+        rank = (point.forwards_per_answer, -point.pass_at_1)
+        if standing.holds and rank < (standing.best_forwards, -standing.best_pass_at_1):
+            standing.best_step, standing.best_forwards = step, point.forwards_per_answer
+            standing.best_pass_at_1 = point.pass_at_1
+            save_model(self._folder, dict(state), self._model, self._tokenizer)
+        return {
+            "held_out/pass_at_1": point.pass_at_1,
+            "held_out/forwards_per_answer": point.forwards_per_answer,
+            "held_out/tokens_per_forward": point.tokens_per_forward,
+            "held_out/bar": standing.bar or 0.0,
+            "held_out/best_step": float(standing.best_step),
+        }
+
+    def given_up(self, standing: Standing) -> bool:
+        """Whether the run has lost its quality for good."""
+        patience = self._config.held_out_checks.patience
+        return patience > 0 and standing.losses >= patience
+
+    def _measure(self, policy: DecodePolicy) -> FrontierPoint:
+        asked, answers = self._source.watched, self._source.answers
+        requests = [
+            one.request(
+                str(index),
+                policy.model_copy(update={"seed": derive_seed("held-out-look", one.task.task_id)}),
+            )
+            for index, one in enumerate(asked)
+        ]
+        trajectories = self._generate(requests)
+        texts = [decode(self._tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
+        verdicts = self._verify(
+            [(one.task, answers.read(one.task, text)) for one, text in zip(asked, texts, strict=True)]
+        )
+        # Tokens per second say nothing here: nobody reads them, and the batch is small.
+        return summarise(policy, trajectories, verdicts, seconds=1.0)
