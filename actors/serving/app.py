@@ -9,6 +9,7 @@ from fewstep.actors.serving.docs_routes import docs_router
 from fewstep.actors.serving.generation_routes import generation_router
 from fewstep.actors.serving.http_errors import add_error_handlers
 from fewstep.actors.serving.model_routes import health_router, model_router
+from fewstep.actors.serving.playground_routes import playground_router
 from fewstep.actors.serving.service import CompletionService
 
 
@@ -26,4 +27,5 @@ def create_app(*services: CompletionService) -> FastAPI:
     app.include_router(model_router(catalogue))
     app.include_router(generation_router(catalogue))
     app.include_router(docs_router(catalogue))
+    app.include_router(playground_router())
     return app

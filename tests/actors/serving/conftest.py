@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 import uvicorn
 from openai import OpenAI
+from starlette.types import ASGIApp
 from tests.actors.serving.tiny import build_tokenizer, save_tiny, tiny_model
 from tokenizers import Tokenizer
 
@@ -79,11 +80,13 @@ def host_of(model: Transformer, tokenizer: Tokenizer) -> EngineHost:
 
 
 @contextmanager
-def listening(*services: CompletionService) -> Iterator[str]:
-    """The application on a real socket; its URL."""
+def listening(
+    *services: CompletionService, around: Callable[[ASGIApp], ASGIApp] = lambda app: app
+) -> Iterator[str]:
+    """The application on a real socket, with something around it if need be; its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(*services), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(around(create_app(*services)), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         deadline = time.monotonic() + 30
