@@ -45,9 +45,10 @@ async function run(hole = null) {
   turn("keep", false);
   turn("copy", false);
   say("Running…");
+  let own = null;
   try {
     const asked = await request(hole, controller.signal);
-    const own = (recording = new Recording(asked.around));
+    own = recording = new Recording(asked.around);
     refresh(own);
     for await (const chunk of chunks(asked.path, asked.body, controller.signal)) {
       own.add(chunk);
@@ -56,6 +57,7 @@ async function run(hole = null) {
     own.end();
     finished(own, asked.body);
   } catch (error) {
+    own?.end();
     failed(error, controller, () => run(hole));
   } finally {
     if (running === controller) {
@@ -100,7 +102,6 @@ function finished(own, body) {
 }
 
 function failed(error, controller, again) {
-  recording?.end();
   if (controller.signal.aborted) {
     if (running === controller || running === null) say("Stopped. What was written so far stays on the canvas.");
   } else if (error instanceof ServerError && error.status === 401) {
@@ -183,14 +184,14 @@ function total() {
 }
 
 function figures(numTokens, numForwards, numEdits) {
-  const pace = recording.forwardSeconds;
+  const pace = recording.oneEachRate;
   byId("forwards").textContent = numForwards;
   byId("tokens").textContent = numTokens;
   byId("num-edits").textContent = numEdits;
   byId("tokens-per-forward").textContent = numForwards ? (numTokens / numForwards).toFixed(2) : "–";
   const all = recording.count(recording.numSteps - 1).numTokens;
   byId("tokens-per-second").textContent = all ? rate(all / recording.seconds) : "–";
-  byId("autoregressive-pace").textContent = pace ? rate(1 / pace) : "–";
+  byId("autoregressive-pace").textContent = pace ? rate(pace) : "–";
   const goal = Math.max(1, recording.isDone ? all : (recording.places ?? all), all);
   for (const [id, value] of [["denoised", numTokens], ["one-each", Math.min(numForwards, goal)]]) {
     byId(id).max = goal;

@@ -100,6 +100,15 @@ export class Recording {
     return (last.time - first.time) / 1000 / (this.frames.length - 1);
   }
 
+  // Tokens per second if a forward wrote one token: the same first wait, forwards that took as long; null = not known yet.
+  get oneEachRate() {
+    const { numTokens } = this.count(this.numSteps - 1);
+    const forward = this.forwardSeconds;
+    if (forward === null || !numTokens) return null;
+    const first = (this.frames[0].time - this.started) / 1000;
+    return numTokens / (first + (numTokens - 1) * forward);
+  }
+
   // Seconds from the request to its end, or until now.
   get seconds() {
     return ((this.ended ?? performance.now()) - this.started) / 1000;
