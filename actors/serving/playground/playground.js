@@ -45,10 +45,12 @@ async function run(hole = null) {
   turn("keep", false);
   turn("copy", false);
   say("Running…");
+  const earlier = recording;
   let own = null;
   try {
     const asked = await request(hole, controller.signal);
     own = recording = new Recording(asked.around);
+    scrubber.value = scrubber.max;
     refresh(own);
     for await (const chunk of chunks(asked.path, asked.body, controller.signal)) {
       own.add(chunk);
@@ -58,6 +60,8 @@ async function run(hole = null) {
     finished(own, asked.body);
   } catch (error) {
     own?.end();
+    // What was refused has shown nothing; the answer before it stays.
+    if (own && own === recording && !own.frames.length) restore(earlier);
     failed(error, controller, () => run(hole));
   } finally {
     if (running === controller) {
@@ -99,6 +103,13 @@ function finished(own, body) {
   say(`${why}: ${plural(numTokens, "token")} in ${plural(numForwards, "forward")}, ${own.seconds.toFixed(2)} s.${seed}`);
   turn("keep", true);
   turn("copy", true);
+}
+
+function restore(earlier) {
+  recording = earlier;
+  scrubber.value = scrubber.max;
+  if (!earlier) canvas.replaceChildren();
+  for (const id of ["keep", "copy"]) turn(id, Boolean(earlier?.isDone));
 }
 
 function failed(error, controller, again) {
@@ -160,11 +171,13 @@ function schedule(own) {
 
 function refresh(own) {
   const last = Math.max(0, own.numSteps - 1);
+  // Whoever has gone back to look at an earlier step is left there while the answer goes on.
+  const place = Number(scrubber.value) < Number(scrubber.max) ? Number(scrubber.value) : last;
   scrubber.max = String(last);
   scrubber.disabled = own.numSteps < 2;
   turn("play", own.numSteps > 1 && !running);
-  show(last);
-  if (running) follow(canvas);
+  show(place);
+  if (running && place === last) follow(canvas);
 }
 
 function show(index) {
@@ -172,7 +185,7 @@ function show(index) {
   draw(canvas, recording, index);
   const { numTokens, numForwards, numEdits } = recording.count(index);
   const isEnd = recording.isDone && index === recording.numSteps - 1;
-  const words = !recording.frames.length ? "no forwards yet" : `forward ${numForwards} of ${total()}${isEnd ? ", done" : ""}`;
+  const words = !recording.frames.length ? "no forwards yet" : `forward ${numForwards}${running && !isEnd ? "" : ` of ${total()}`}${isEnd ? ", done" : ""}`;
   byId("place").textContent = words;
   scrubber.setAttribute("aria-valuetext", words);
   figures(numTokens, numForwards, numEdits);

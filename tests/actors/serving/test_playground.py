@@ -231,13 +231,18 @@ def test_stop_gives_the_slot_back(visit: Visit, url: str, service: CompletionSer
     visit.page.click("#run")
     expect(visit.page.locator("#forwards")).not_to_have_text("–")
     assert service.host.stats()["running"] == 1
+    scrubber = visit.page.locator("#scrubber")
+    scrubber.press("Home")
+    num_steps = int(scrubber.get_attribute("max") or 0)
+    expect(scrubber).not_to_have_attribute("max", str(num_steps))
+    assert scrubber.input_value() == "0", "an earlier step is left while the answer goes on"
     visit.page.click("#stop")
     expect(visit.page.locator("#status")).to_contain_text("Stopped")
     deadline = time.monotonic() + 10
     while service.host.stats()["running"] and time.monotonic() < deadline:
         time.sleep(0.01)
     assert service.host.stats()["running"] == 0
-    assert int(visit.page.inner_text("#tokens")) < 1900
+    assert num_steps < int(scrubber.get_attribute("max") or 0) < 1899
     visit.ask("abc", max_tokens=8)
     visit.run()
 
@@ -294,6 +299,14 @@ def test_a_refusal_is_shown_in_words(visit: Visit) -> None:
     visit.page.click("#run")
     expect(visit.page.locator("#error")).to_contain_text("The server refused: ")
     expect(visit.page.locator("#error")).to_contain_text("100000")
+    expect(visit.page.locator("#canvas")).to_have_text("")
+    visit.ask("abc")
+    visit.run()
+    answer = visit.answer
+    visit.page.fill("#max-tokens", "100000")
+    visit.page.click("#run")
+    expect(visit.page.locator("#error")).to_contain_text("The server refused: ")
+    assert visit.answer == answer, "the answer before the refusal is gone"
     visit.ask("abc")
     visit.run()
     expect(visit.page.locator("#error")).to_be_empty()
