@@ -150,6 +150,7 @@ def test_the_scrubber_goes_from_masks_to_none(visit: Visit) -> None:
     page, scrubber = visit.page, visit.page.locator("#scrubber")
     final = visit.answer
     assert page.locator(MASKS).count() == 0
+    assert page.locator("#canvas .token").count() == len(final)  # this model's tokens are characters
     scrubber.press("Home")
     expect(page.locator("#place")).to_contain_text("forward 1 of")
     assert page.locator(MASKS).count() > 15
@@ -165,6 +166,29 @@ def test_the_scrubber_goes_from_masks_to_none(visit: Visit) -> None:
     expect(page.locator("#place")).to_contain_text("forward 1 of")
     expect(page.locator("#play")).to_have_text("Replay", timeout=30_000)
     assert visit.answer == final
+
+
+def test_the_model_and_the_kind_that_are_picked_are_asked_for(
+    url_of_both: str, open_page: Callable[..., Visit]
+) -> None:
+    visit = open_page(url_of_both)
+    expect(visit.page.locator("#model option")).to_have_text(["tiny", "both"])
+    visit.ask("abc")
+    visit.page.select_option("#model", "both")
+    numbers = {
+        "static": {"tokens_per_step": 2},
+        "entropy_bound": {"entropy_bound": 0.1},
+        "factor": {"factor": 1},
+    }
+    for kind, number in numbers.items():
+        visit.page.select_option("#kind", kind)
+        visit.run()
+        body = visit.bodies()[-1]
+        assert (body["model"], body["fewstep"]) == ("both", {"kind": kind, **number})
+    visit.page.select_option("#kind", "")
+    visit.run()
+    assert visit.bodies()[-1]["fewstep"] == {}
+    assert len(visit.bodies()) == 4
 
 
 @pytest.fixture(scope="module")
