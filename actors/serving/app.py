@@ -11,6 +11,7 @@ from fewstep.actors.serving.gate import add_desk
 from fewstep.actors.serving.generation_routes import generation_router
 from fewstep.actors.serving.http_errors import add_error_handlers, error_response
 from fewstep.actors.serving.model_routes import health_router, model_router
+from fewstep.actors.serving.playground_routes import playground_router
 from fewstep.actors.serving.service import CompletionService
 
 
@@ -31,4 +32,5 @@ def create_app(*services: CompletionService, desk: Desk | None = None) -> FastAP
     app.include_router(model_router(catalogue))
     app.include_router(generation_router(catalogue))
     app.include_router(docs_router(catalogue))
+    app.include_router(playground_router())
     return app

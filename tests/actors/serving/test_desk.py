@@ -88,6 +88,8 @@ def test_keys_are_asked_for_and_health_is_not(start: Start, tmp_path: Path) -> N
     assert httpx.get(f"{url}/health").status_code == 200
     with OpenAI(base_url=f"{url}/v1", api_key=key) as client:
         assert client.completions.create(**SHORT).choices[0].text
+    # A line is written when its answer has been sent.
+    until(lambda: '"ann"' in (tmp_path / "requests.jsonl").read_text())
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert [line.get("key") for line in lines if line["status"] == 200 and line["path"] != "/health"] == [
         "ann"
