@@ -111,6 +111,11 @@ COMMANDS: dict[str, Command] = {
         "fewstep.cluster.tracking_ui:UiConfig",
         "fewstep.cluster.tracking_ui:run",
     ),
+    "plan": Command(
+        "how many devices, which policy, what it costs, where it binds: a simulated fleet",
+        "fewstep.cluster.plan.settings:PlanConfig",
+        "fewstep.cluster.plan.job:run",
+    ),
     "runs": Command(
         "list runs: status, time, quality, speed, registered versions",
         "fewstep.pipelines.tracking_settings:RunsConfig",
