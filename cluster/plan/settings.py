@@ -160,7 +160,7 @@ class ControlPlane(Config):
     call_s: float = Field(default=2.5e-4, gt=0)
     """Of the controller's thread, for one remote call and its answer."""
     heartbeat_s: float = Field(default=2.0, gt=0)
-    decision_s: float = Field(default=2e-6, ge=0)
+    decision_s: float = Field(default=5e-7, ge=0)
     """Of the fleet's state machine, a replica and tick; `python bench/fleet_scale.py` measures it."""
     load_s_per_gb: float = Field(default=0.05, ge=0)
     """A replica writes arrived weights into its tensors and proves their checksum."""
