@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from fewstep.actors.bundles import Need, Placement, place
 from fewstep.actors.node_metrics import OtherNodes
-from fewstep.actors.placement import require_room
+from fewstep.actors.placement import free_nodes, require_room
 from fewstep.actors.replica import ReplicaSettings
 from fewstep.actors.replica_pool import ReplicaPool
 from fewstep.actors.trainer import TrainerGroup
@@ -38,7 +39,7 @@ from fewstep.pipelines.refine_report import HELD_OUT, RefineResult, conclude
 from fewstep.pipelines.settings import VERIFIER_CPUS, RefineConfig
 from fewstep.pipelines.tasks.family import tasks as family_tasks
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
-from fewstep.platform.artifacts import atomic_folder
+from fewstep.platform.artifacts import atomic_folder, atomic_write_text
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import FrontierPoint, Rollout, Task, WeightVersion
@@ -50,7 +51,7 @@ MODEL_FAMILY = "block-diffusion"
 # Where and how a run is recorded is no part of what it computes.
 UNTRACKED = {
     "tracking_uri": None, "require_tracking": True, "experiment": "", "register_as": "", "keep_models": 1,
-    "traces_per_step": 0,
+    "traces_per_step": 0, "layout": "auto",
 }  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
     # Everything that can be refused is refused here, before anything is started or written.
     saved = read_progress(config.out / "checkpoint", fingerprint, resume=config.resume)
     require_room("refinement", 1, config.total_cpus)
+    placement = _placement(config)
     held_out = family_tasks(config.num_eval_tasks, HELD_OUT_SEED, held_out=True)
     data = _data_digests(config, held_out)
     with ExitStack() as stack:
@@ -79,16 +81,7 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         )
         for node, sample in nodes.samples():
             tracker.watch(node, sample)
-        settings = ReplicaSettings(max_sequences=config.max_sequences, num_cpus=config.replica_cpus)
-        pool = stack.enter_context(
-            ReplicaPool(folder, config.num_replicas, run_id=tracker.run_id, settings=settings)
-        )
-        verifiers = stack.enter_context(VerifierPool(config.num_verifiers, num_cpus=VERIFIER_CPUS))
-        trainer = TrainerGroup(
-            model, folder, config.trainer, OBJECTIVES.get(config.objective, config.objective),
-            config.objective_options, num_cpus=config.trainer_cpus,
-        )  # fmt: skip
-        stack.callback(trainer.close)
+        pool, verifiers, trainer = _open_pools(stack, config, folder, model, placement, tracker.run_id)
         frontier = _Frontier(config, held_out, pool, verifiers, tokenizer)
         before = frontier.measure("before")
         workers = Workers(pool.generate, verifiers.verify, trainer, _pusher(pool))
@@ -114,6 +107,47 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
             "isolation": verifiers.isolation,
         }
         return conclude(config, tracker, tokenizer, before, after, progress, extra)
+
+
+def _open_pools(
+    stack: ExitStack,
+    config: RefineConfig,
+    folder: Path,
+    model: ModelConfig,
+    placement: Placement,
+    run_id: str,
+) -> tuple[ReplicaPool, VerifierPool, TrainerGroup]:
+    """Replicas, verifiers and trainer ranks at their places; they end with the stack."""
+    pool = stack.enter_context(
+        ReplicaPool(
+            folder,
+            config.num_replicas,
+            run_id=run_id,
+            settings=ReplicaSettings(max_sequences=config.max_sequences, num_cpus=config.replica_cpus),
+            node_ids=placement.node_ids("replicas"),
+        )
+    )
+    verifiers = stack.enter_context(VerifierPool(config.num_verifiers, num_cpus=VERIFIER_CPUS))
+    trainer = TrainerGroup(
+        model, folder, config.trainer, OBJECTIVES.get(config.objective, config.objective),
+        config.objective_options, num_cpus=config.trainer_cpus,
+        node_id=placement.node_ids("trainer ranks")[0],
+    )  # fmt: skip
+    stack.callback(trainer.close)
+    return pool, verifiers, trainer
+
+
+def _placement(config: RefineConfig) -> Placement:
+    """Where everything will run, printed and kept beside the run's configuration. Raises ResourceError."""
+    needs = [
+        Need("trainer ranks", config.trainer.num_ranks, config.trainer_cpus, packed=True),
+        Need("replicas", config.num_replicas, config.replica_cpus),
+        Need("verifiers", config.num_verifiers, VERIFIER_CPUS),
+    ]
+    placement = place(free_nodes(), needs, config.layout)
+    atomic_write_text(config.out / "placement.json", json.dumps(placement.as_data(), indent=2) + "\n")
+    print(placement.text(), flush=True)
+    return placement
 
 
 def make_objective(config: RefineConfig) -> RefineObjective:
