@@ -111,6 +111,11 @@ COMMANDS: dict[str, Command] = {
         "fewstep.cluster.tracking_ui:UiConfig",
         "fewstep.cluster.tracking_ui:run",
     ),
+    "doctor": Command(
+        "say what would stop a job on this host or cluster, and the fix",
+        "fewstep.cluster.doctor.settings:DoctorConfig",
+        "fewstep.cluster.doctor.examination:run",
+    ),
     "plan": Command(
         "how many devices, which policy, what it costs, where it binds: a simulated fleet",
         "fewstep.cluster.plan.settings:PlanConfig",
