@@ -116,6 +116,11 @@ COMMANDS: dict[str, Command] = {
         "fewstep.cluster.doctor.settings:DoctorConfig",
         "fewstep.cluster.doctor.examination:run",
     ),
+    "manifest": Command(
+        "write a job's KubeRay manifest or Slurm script from its own configuration",
+        "fewstep.cluster.manifests.settings:ManifestConfig",
+        "fewstep.cluster.manifests.rendering:run",
+    ),
     "plan": Command(
         "how many devices, which policy, what it costs, where it binds: a simulated fleet",
         "fewstep.cluster.plan.settings:PlanConfig",

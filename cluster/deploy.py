@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -103,7 +104,7 @@ def serve_model(config: ServeConfig) -> Iterator[ServedEndpoint]:
     port = free_port(config.host, config.port)
     folder = model_folder(config.model, config.tracking_uri).resolve()
     _check_model(folder)
-    name = config.name or _name_of(config.model, folder)
+    name = config.name or served_name(config.model, folder)
     # Ray starts only now: everything that can be known without it has been checked.
     with ExitStack() as stack:
         _enter_session(stack, config)
@@ -170,7 +171,8 @@ def _check_model(folder: Path) -> None:
     ChatTemplate(folder)
 
 
-def _name_of(model: str, folder: Path) -> str:
+def served_name(model: str, folder: Path) -> str:
+    """What clients call a model that was given no name: its registered one, or its folder's."""
     if model.startswith("models:/"):
         return model.removeprefix("models:/").partition("@")[0].partition("/")[0]
     return folder.name
@@ -195,25 +197,30 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
     stack.enter_context(ray_session(cpus, need=need))
 
 
+def serving_options(config: ServeConfig) -> dict[str, Any]:
+    """Keyword arguments of `actors.serving.replica.application`."""
+    from fewstep.actors.serving.replica import EngineOptions
+
+    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
+    return {
+        "policy": config.policy,
+        "max_tokens": config.max_tokens,
+        "engine": EngineOptions(config.max_sequences, config.dtype, cache_bytes),
+        "num_replicas": config.num_replicas,
+        "num_cpus": config.cpus_per_replica,
+    }
+
+
 def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from fewstep.actors.serving.replica import EngineOptions, application
+    from fewstep.actors.serving.replica import application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
-    app = application(
-        folder,
-        name,
-        policy=config.policy,
-        max_tokens=config.max_tokens,
-        engine=EngineOptions(config.max_sequences, config.dtype, cache_bytes),
-        num_replicas=config.num_replicas,
-        num_cpus=config.cpus_per_replica,
-    )
+    app = application(folder, name, **serving_options(config))
     try:
         serve.start(
             proxy_location="HeadOnly",

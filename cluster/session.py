@@ -205,6 +205,8 @@ def _joined(address: str) -> Iterator[Session]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": WORKER_ENV},
+                # Left to itself Ray asks the way to the internet, and a host without one cannot find its own node.
+                _node_ip_address=_address_towards(address),
             )
         except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
             raise _no_cluster(address, error) from error
@@ -224,6 +226,15 @@ def _knock(address: str) -> None:
             return
     except (OSError, ValueError, OverflowError) as error:
         raise _no_cluster(address, error) from error
+
+
+def _address_towards(address: str) -> str:
+    """This host's own address on the way to `host:port`."""
+    host, _, port = address.rpartition(":")
+    info = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(info[0], socket.SOCK_DGRAM) as probe:
+        probe.connect(info[4])  # a datagram socket sends nothing here; it only learns the route
+        return str(probe.getsockname()[0])
 
 
 def _no_cluster(address: str, error: Exception) -> ResourceError:
