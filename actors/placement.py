@@ -57,9 +57,9 @@ def free_nodes() -> list[Node]:
     return sorted(nodes, key=lambda node: (node.node_id != here, node.address))
 
 
-def on_node(node_id: str | None) -> dict[str, Any]:
-    """Options that start an actor on a node, or elsewhere once that node is gone; none for None."""
+def on_node(node_id: str | None, *, soft: bool = True) -> dict[str, Any]:
+    """Options that start an actor on a node, or (if soft) elsewhere once that node is gone; none for None."""
     if node_id is None:
         return {}
     strategies: Any = importlib.import_module("ray.util.scheduling_strategies")
-    return {"scheduling_strategy": strategies.NodeAffinitySchedulingStrategy(node_id, soft=True)}
+    return {"scheduling_strategy": strategies.NodeAffinitySchedulingStrategy(node_id, soft=soft)}

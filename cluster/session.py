@@ -141,7 +141,7 @@ def _check_before_start(need: Mapping[str, float], free: Mapping[str, float]) ->
 def _local(cpus: int, object_store_bytes: int, keep_logs: Path | None) -> Iterator[Session]:
     folder = _short_folder()
     before = set(_children(os.getpid()))
-    with _environment({**WORKER_ENV, **_RAY_ENV, **_own_token(folder)}):
+    with environment_of({**WORKER_ENV, **_RAY_ENV, **_own_token(folder)}):
         try:
             context = _start_local(cpus, object_store_bytes, folder, before)
             log_folder = Path(context.address_info["session_dir"]) / "logs"
@@ -198,7 +198,7 @@ def _joined(address: str) -> Iterator[Session]:
     import ray
 
     _knock(address)
-    with _environment(_RAY_ENV):
+    with environment_of(_RAY_ENV):
         try:
             context: Any = ray.init(
                 address=address,
@@ -274,7 +274,7 @@ def _own_token(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment_of(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables for this process and its children, then put back what was there."""
     old = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -345,6 +345,12 @@ def _stat(pid: int) -> tuple[int, str, str] | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(fields[1]), fields[0], fields[19]
+
+
+def process_start(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks; None once it has ended."""
+    stat = _stat(pid)
+    return None if stat is None or stat[1] == "Z" else stat[2]
 
 
 def _children(*parents: int) -> list[int]:

@@ -43,7 +43,7 @@ def cluster_findings(config: DoctorConfig) -> list[Finding]:
 
     nodes = free_nodes()
     probe: Any = ray.remote(num_cpus=0)(HostProbe)
-    probes = {node.address: probe.options(**on_node(node.node_id)).remote() for node in nodes}
+    probes = {node.address: probe.options(**on_node(node.node_id, soft=False)).remote() for node in nodes}
     findings: list[Finding] = []
     answers = {name: actor.findings.remote(config) for name, actor in probes.items()}
     for name, answer in answers.items():
@@ -61,7 +61,7 @@ def cluster_findings(config: DoctorConfig) -> list[Finding]:
     if config.bandwidth and len(nodes) > 1:
         gloo: Any = ray.remote(num_cpus=0)(GlooProbe)
         for node in nodes[1:]:
-            pair = [gloo.options(**on_node(place.node_id)).remote() for place in (nodes[0], node)]
+            pair = [gloo.options(**on_node(place.node_id, soft=False)).remote() for place in (nodes[0], node)]
             findings.append(_bandwidth(ray, pair, nodes[0].address, node.address, config.min_gloo_mb_per_s))
     return findings
 
