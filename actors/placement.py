@@ -1,4 +1,4 @@
-"""Whether the cluster has room: asked before actors start, because Ray would let them wait without a word."""
+"""Whether and where the cluster has room: asked before actors start, because Ray would let them wait without a word."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import time
 from typing import Any
 
+from fewstep.actors.bundles import Node
 from fewstep.platform.errors import ResourceError
 
 _PATIENCE_S = 30.0
@@ -35,3 +36,30 @@ def require_room(what: str, count: int, num_cpus: float) -> None:
                 f"ask for fewer {what} or give the session more CPUs",
             )
         time.sleep(_POLL_S)
+
+
+def free_nodes() -> list[Node]:
+    """The living nodes of the open session with what each has free, this one first."""
+    ray: Any = importlib.import_module("ray")
+    state: Any = importlib.import_module("ray._private.state")
+    here = ray.get_runtime_context().get_node_id()
+    free = state.available_resources_per_node()
+    nodes = [
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            float(free.get(node["NodeID"], {}).get("CPU", 0.0)),
+            float(free.get(node["NodeID"], {}).get("GPU", 0.0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: (node.node_id != here, node.address))
+
+
+def on_node(node_id: str | None, *, soft: bool = True) -> dict[str, Any]:
+    """Options that start an actor on a node, or (if soft) elsewhere once that node is gone; none for None."""
+    if node_id is None:
+        return {}
+    strategies: Any = importlib.import_module("ray.util.scheduling_strategies")
+    return {"scheduling_strategy": strategies.NodeAffinitySchedulingStrategy(node_id, soft=soft)}

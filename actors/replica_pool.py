@@ -22,7 +22,7 @@ import torch
 from fewstep.actors.dispatch import Dispatch
 from fewstep.actors.engine.request import Request
 from fewstep.actors.fleet import Fleet, State
-from fewstep.actors.placement import require_room
+from fewstep.actors.placement import on_node, require_room
 from fewstep.actors.replica import Replica, ReplicaSettings, ReplicaStats
 from fewstep.actors.weight_sync.base import Echo, Payload, Receipt, Receiver, WeightTransport
 from fewstep.actors.weight_sync.object_store import ObjectStoreTransport
@@ -50,6 +50,7 @@ class ReplicaPool:
         model_folder: what every replica loads; step 0 of `run_id`.
         num_replicas: engines, each in an actor of its own.
         run_id: names the weight versions.
+        node_ids: where each replica starts while that node lives; empty = where Ray finds room.
     Raises:
         CheckpointError: the model folder cannot be used; before any actor starts.
         ResourceError: the cluster has too few free CPUs; says how many are free.
@@ -57,7 +58,13 @@ class ReplicaPool:
     """
 
     def __init__(
-        self, model_folder: Path, num_replicas: int, *, run_id: str, settings: ReplicaSettings | None = None
+        self,
+        model_folder: Path,
+        num_replicas: int,
+        *,
+        run_id: str,
+        settings: ReplicaSettings | None = None,
+        node_ids: Sequence[str] = (),
     ) -> None:
         import ray
 
@@ -70,8 +77,10 @@ class ReplicaPool:
         self._actor_class: Any = self._ray.remote(
             num_cpus=self.settings.num_cpus, max_restarts=0, max_task_retries=0, max_concurrency=4
         )(Replica)
+        names = [f"replica-{index}" for index in range(num_replicas)]
+        self._node_ids = dict(zip(names, node_ids, strict=True)) if node_ids else {}
         self.fleet = Fleet(
-            [f"replica-{index}" for index in range(num_replicas)],
+            names,
             time.monotonic,
             suspect_after_s=self.settings.suspect_after_s,
             dead_after_s=self.settings.dead_after_s,
@@ -193,7 +202,8 @@ class ReplicaPool:
             seen.add(request.request_id)
 
     def _spawn(self, name: str) -> None:
-        actor = self._actor_class.remote(self.model_folder, self.settings, self.run_id)
+        placed = self._actor_class.options(**on_node(self._node_ids.get(name)))
+        actor = placed.remote(self.model_folder, self.settings, self.run_id)
         self._actors[name] = actor
         self._calls[actor.stats.remote()] = _Call("start", name)
 

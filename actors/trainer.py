@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fewstep.actors.placement import require_room
+from fewstep.actors.placement import on_node, require_room
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.config import ModelConfig
@@ -259,6 +259,9 @@ def _micro_batches(samples: Sequence[SampleRows], micro_rows: int) -> list[RowBa
 class TrainerGroup:
     """The driver's handle on all ranks; needs a running Ray session.
 
+    Args:
+        node_id: the node of every rank; None = where Ray finds room.
+
     Raises:
         ResourceError: the cluster has too few free CPUs; says how many are free.
         ActorDied: from any call, when a rank's process is gone; carries Ray's account of the cause.
@@ -272,13 +275,14 @@ class TrainerGroup:
         objective: str,
         options: Mapping[str, Any] | None = None,
         num_cpus: float = 1.0,
+        node_id: str | None = None,
     ) -> None:
         import ray
 
         require_room("trainer ranks", settings.num_ranks, num_cpus)
         self._ray: Any = ray
         self.settings = settings
-        actor: Any = ray.remote(num_cpus=num_cpus, max_restarts=0)(TrainerRank)
+        actor: Any = ray.remote(num_cpus=num_cpus, max_restarts=0, **on_node(node_id))(TrainerRank)
         self._ranks: list[Any] = [
             actor.remote(config, initial, settings, objective, options or {})
             for _ in range(settings.num_ranks)

@@ -134,6 +134,53 @@ COMMANDS: dict[str, Command] = {
         "fewstep.cluster.tracking_ui:UiConfig",
         "fewstep.cluster.tracking_ui:run",
     ),
+    "doctor": Command(
+        "say what would stop a job on this host or cluster, and the fix",
+        "fewstep.cluster.doctor.settings:DoctorConfig",
+        "fewstep.cluster.doctor.examination:run",
+    ),
+    "manifest": Command(
+        "write a job's KubeRay manifest or Slurm script from its own configuration",
+        "fewstep.cluster.manifests.settings:ManifestConfig",
+        "fewstep.cluster.manifests.rendering:run",
+    ),
+    "up": Command(
+        "start a cluster on this host and, over SSH, on others",
+        "fewstep.cluster.lifecycle.settings:UpConfig",
+        "fewstep.cluster.lifecycle.up:up",
+    ),
+    "status": Command(
+        "say which hosts of the cluster are up",
+        "fewstep.cluster.lifecycle.settings:StatusConfig",
+        "fewstep.cluster.lifecycle.up:status",
+    ),
+    "down": Command(
+        "end the cluster that `up` started",
+        "fewstep.cluster.lifecycle.settings:ClusterFolder",
+        "fewstep.cluster.lifecycle.up:down",
+    ),
+    "submit": Command(
+        "run a job on the cluster, with this checkout's code",
+        "fewstep.cluster.lifecycle.settings:SubmitConfig",
+        "fewstep.cluster.lifecycle.jobs:submit",
+    ),
+    "logs": Command(
+        "show a submitted job's output",
+        "fewstep.cluster.lifecycle.settings:JobConfig",
+        "fewstep.cluster.lifecycle.jobs:logs",
+        operands=("id",),
+    ),
+    "cancel": Command(
+        "end a submitted job",
+        "fewstep.cluster.lifecycle.settings:JobConfig",
+        "fewstep.cluster.lifecycle.jobs:cancel",
+        operands=("id",),
+    ),
+    "plan": Command(
+        "how many devices, which policy, what it costs, where it binds: a simulated fleet",
+        "fewstep.cluster.plan.settings:PlanConfig",
+        "fewstep.cluster.plan.job:run",
+    ),
     "runs": Command(
         "list runs: status, time, quality, speed, registered versions",
         "fewstep.pipelines.tracking_settings:RunsConfig",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -203,32 +203,39 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
     stack.enter_context(ray_session(cpus, need=need))
 
 
+def serving_options(config: ServeConfig, listen: tuple[str, int] | None = None) -> dict[str, Any]:
+    """Keyword arguments of `actors.serving.replica.application`."""
+    from fewstep.actors.serving.desk import DeskOptions
+    from fewstep.actors.serving.replica import EngineOptions
+
+    # A worker's working directory is its own affair.
+    keys = config.keys.resolve() if config.keys is not None else None
+    log = LogConfig(file=config.log.file.resolve() if config.log.file else None, prompts=config.log.prompts)
+    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
+    return {
+        "policy": config.policy,
+        "max_tokens": config.max_tokens,
+        "engine": EngineOptions(config.max_sequences, config.dtype, cache_bytes),
+        "num_replicas": config.num_replicas,
+        "num_cpus": config.cpus_per_replica,
+        "alias_poll_s": config.alias_poll_s,
+        "desk": DeskOptions(config.limits, log, keys, config.trace_endpoint),
+        "drain_s": config.drain_seconds,
+        "listen": listen,
+    }
+
+
 def _start(config: ServeConfig, sources: Sequence[ModelSource], port: int) -> None:
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from fewstep.actors.serving.desk import DeskOptions
-    from fewstep.actors.serving.replica import APPLICATION, EngineOptions, application
+    from fewstep.actors.serving.replica import APPLICATION, application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    # A worker's working directory is its own affair.
-    keys = config.keys.resolve() if config.keys is not None else None
-    log = LogConfig(file=config.log.file.resolve() if config.log.file else None, prompts=config.log.prompts)
-    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
-    app = application(
-        sources,
-        policy=config.policy,
-        max_tokens=config.max_tokens,
-        engine=EngineOptions(config.max_sequences, config.dtype, cache_bytes),
-        num_replicas=config.num_replicas,
-        num_cpus=config.cpus_per_replica,
-        alias_poll_s=config.alias_poll_s,
-        desk=DeskOptions(config.limits, log, keys, config.trace_endpoint),
-        drain_s=config.drain_seconds,
-        listen=(config.host, port) if config.front == "replicas" else None,
-    )
+    listen = (config.host, port) if config.front == "replicas" else None
+    app = application(sources, **serving_options(config, listen))
     try:
         serve.start(
             proxy_location="HeadOnly" if config.front == "proxy" else "Disabled",

@@ -143,7 +143,7 @@ def _check_before_start(need: Mapping[str, float], free: Mapping[str, float]) ->
 def _local(cpus: int, object_store_bytes: int, keep_logs: Path | None) -> Iterator[Session]:
     folder = _short_folder()
     before = set(_children(os.getpid()))
-    with _environment({**WORKER_ENV, **_RAY_ENV, **_own_token(folder)}):
+    with environment_of({**WORKER_ENV, **_RAY_ENV, **_own_token(folder)}):
         try:
             context = _start_local(cpus, object_store_bytes, folder, before)
             log_folder = Path(context.address_info["session_dir"]) / "logs"
@@ -200,13 +200,15 @@ def _joined(address: str) -> Iterator[Session]:
     import ray
 
     _knock(address)
-    with _environment(_RAY_ENV):
+    with environment_of(_RAY_ENV):
         try:
             context: Any = ray.init(
                 address=address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": WORKER_ENV},
+                # Left to itself Ray asks the way to the internet, and a host without one cannot find its own node.
+                _node_ip_address=_address_towards(address),
             )
         except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
             raise _no_cluster(address, error) from error
@@ -226,6 +228,15 @@ def _knock(address: str) -> None:
             return
     except (OSError, ValueError, OverflowError) as error:
         raise _no_cluster(address, error) from error
+
+
+def _address_towards(address: str) -> str:
+    """This host's own address on the way to `host:port`."""
+    host, _, port = address.rpartition(":")
+    info = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(info[0], socket.SOCK_DGRAM) as probe:
+        probe.connect(info[4])  # a datagram socket sends nothing here; it only learns the route
+        return str(probe.getsockname()[0])
 
 
 def _no_cluster(address: str, error: Exception) -> ResourceError:
@@ -265,7 +276,7 @@ def _own_token(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment_of(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables for this process and its children, then put back what was there."""
     old = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -336,6 +347,12 @@ def _stat(pid: int) -> tuple[int, str, str] | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(fields[1]), fields[0], fields[19]
+
+
+def process_start(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks; None once it has ended."""
+    stat = _stat(pid)
+    return None if stat is None or stat[1] == "Z" else stat[2]
 
 
 def _children(*parents: int) -> list[int]:

@@ -33,7 +33,14 @@ from fewstep.pipelines.progress import read_progress, write_progress
 from fewstep.pipelines.record_rollouts import record_rollouts
 from fewstep.pipelines.refine import BEST, Progress, Workers, refine
 from fewstep.pipelines.refine_report import RefineResult, conclude
-from fewstep.pipelines.refine_workers import Engines, open_engines, open_nodes, open_trainer, open_verifier
+from fewstep.pipelines.refine_workers import (
+    Engines,
+    open_engines,
+    open_nodes,
+    open_trainer,
+    open_verifier,
+    place_actors,
+)
 from fewstep.pipelines.rollouts import check_recorded, rollout_policy
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
@@ -49,7 +56,7 @@ MODEL_FAMILY = "block-diffusion"
 # Where and how a run is recorded is no part of what it computes.
 UNTRACKED = {
     "tracking_uri": None, "require_tracking": True, "experiment": "", "register_as": "", "keep_models": 1,
-    "traces_per_step": 0.0,
+    "traces_per_step": 0.0, "layout": "auto",
 }  # fmt: skip
 
 
@@ -76,8 +83,8 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         job = _Job(config, stack)
         saved = read_progress(config.out / "checkpoint", job.fingerprint, resume=config.resume)
         tracker = job.open_tracker(resumed=saved is not None, tags=dict(tags or {}))
-        engines = stack.enter_context(open_engines(config, job.folder, tracker))
-        trainer = stack.enter_context(open_trainer(config, job.model, job.folder))
+        engines = stack.enter_context(open_engines(config, job.folder, tracker, job.placement))
+        trainer = stack.enter_context(open_trainer(config, job.model, job.folder, job.placement))
         frontier = _Frontier(config, job.source, engines.generate, job.verifier, job.tokenizer)
         before = frontier.measure("before")
         workers = Workers(engines.generate, job.verifier.verify, trainer, engines.push)
@@ -115,7 +122,7 @@ def record(config: RefineConfig) -> None:
             shutil.rmtree(config.out / "rollouts", ignore_errors=True)
             with atomic_folder(config.out / "recording") as folder:
                 write_progress(folder, job.fingerprint, {})
-        engines = stack.enter_context(open_engines(config, job.folder, tracker))
+        engines = stack.enter_context(open_engines(config, job.folder, tracker, job.placement))
         record_rollouts(
             config, job.model, job.tokenizer, job.source, job.objective, engines.generate, job.verifier, tracker
         )  # fmt: skip
@@ -133,6 +140,8 @@ class _Job:
         self.tokenizer = load_tokenizer(self.folder, self.model)
         self.objective = make_objective(config)
         recorded = _recorded(config)
+        # Before anything of this job takes room.
+        self.placement = None if config.in_process else place_actors(config)
         hosts: dict[str, str] = {}
         self._nodes: OtherNodes | None = stack.enter_context(open_nodes(config, hosts))
         self._hosts = hosts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from fewstep.actors.bundles import Need, Placement, place
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.judges import JudgeChoice
 from fewstep.actors.node_metrics import OtherNodes
-from fewstep.actors.placement import require_room
+from fewstep.actors.placement import free_nodes, require_room
 from fewstep.actors.replica import ReplicaSettings
 from fewstep.actors.replica_pool import ReplicaPool
 from fewstep.actors.trainer import TrainerGroup, TrainerRank
@@ -25,6 +27,7 @@ from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.policy_update import Trainer
 from fewstep.pipelines.rollouts import Push, State
 from fewstep.pipelines.settings import VERIFIER_CPUS, RefineConfig
+from fewstep.platform.artifacts import atomic_write_text
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import WeightVersion
 
@@ -43,6 +46,24 @@ class Engines:
         return 0 if self.pool is None else sum(member.restarts for member in self.pool.fleet.members.values())
 
 
+def place_actors(config: RefineConfig) -> Placement:
+    """Where everything will run, printed and kept beside the run's configuration.
+
+    Raises:
+        ResourceError: something does not fit; says what every node has free.
+    """
+    require_room("refinement", 1, config.total_cpus)
+    needs = [
+        Need("trainer ranks", config.trainer.num_ranks, config.trainer_cpus, packed=True),
+        Need("replicas", config.num_replicas, config.replica_cpus),
+        Need("verifiers", config.num_verifiers, VERIFIER_CPUS),
+    ]
+    placement = place(free_nodes(), needs, config.layout)
+    atomic_write_text(config.out / "placement.json", json.dumps(placement.as_data(), indent=2) + "\n")
+    print(placement.text(), flush=True)
+    return placement
+
+
 @contextmanager
 def open_verifier(config: RefineConfig) -> Iterator[Verifier]:
     """The configuration's judge, in as many sandboxes as it says.
@@ -57,7 +78,6 @@ def open_verifier(config: RefineConfig) -> Iterator[Verifier]:
         with LocalVerifier(1, judge=judge, require=config.sandbox_requires) as local:
             yield local
         return
-    require_room("refinement", 1, config.total_cpus)
     with VerifierPool(
         config.num_verifiers, num_cpus=VERIFIER_CPUS, judge=judge, require=config.sandbox_requires
     ) as pool:
@@ -77,9 +97,11 @@ def open_nodes(config: RefineConfig, tracker_of: dict[str, str]) -> Iterator[Oth
 
 
 @contextmanager
-def open_engines(config: RefineConfig, folder: Path, tracker: MlflowTracker) -> Iterator[Engines]:
-    """Engines on a model folder; they hold step 0 of the tracker's run."""
-    if config.in_process:
+def open_engines(
+    config: RefineConfig, folder: Path, tracker: MlflowTracker, placement: Placement | None
+) -> Iterator[Engines]:
+    """Engines on a model folder; they hold step 0 of the tracker's run. Without a placement, one in this process."""
+    if placement is None:
         model, tokenizer = load_model(folder, torch.float32)
         checksum = state_checksum(model.state_dict())
         engine = Engine(
@@ -95,7 +117,10 @@ def open_engines(config: RefineConfig, folder: Path, tracker: MlflowTracker) -> 
         return
     # The type the trainer keeps, whatever the type on disk: pushes are proved by the tensors' bytes.
     settings = ReplicaSettings(config.max_sequences, "float32", config.replica_cpus)
-    with ReplicaPool(folder, config.num_replicas, run_id=tracker.run_id, settings=settings) as pool:
+    with ReplicaPool(
+        folder, config.num_replicas, run_id=tracker.run_id, settings=settings,
+        node_ids=placement.node_ids("replicas"),
+    ) as pool:  # fmt: skip
 
         def push(state: Mapping[str, torch.Tensor], version: WeightVersion) -> dict[str, float]:
             receipt = pool.push(state, WeightVersion(version.run_id, version.step, state_checksum(state)))
@@ -105,17 +130,20 @@ def open_engines(config: RefineConfig, folder: Path, tracker: MlflowTracker) -> 
 
 
 @contextmanager
-def open_trainer(config: RefineConfig, model: ModelConfig, folder: Path) -> Iterator[Trainer]:
-    """Trainer ranks that start from a model folder."""
+def open_trainer(
+    config: RefineConfig, model: ModelConfig, folder: Path, placement: Placement | None
+) -> Iterator[Trainer]:
+    """Trainer ranks that start from a model folder. Without a placement, one in this process."""
     objective = OBJECTIVES.get(config.objective, config.objective)
-    if config.in_process:
+    if placement is None:
         rank = TrainerRank(model, folder, config.trainer, objective, config.objective_options)
         rank.connect(0, *rank.endpoint())
         yield rank
         return
     group = TrainerGroup(
-        model, folder, config.trainer, objective, config.objective_options, num_cpus=config.trainer_cpus
-    )
+        model, folder, config.trainer, objective, config.objective_options, num_cpus=config.trainer_cpus,
+        node_id=placement.node_ids("trainer ranks")[0],
+    )  # fmt: skip
     try:
         yield group
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -199,6 +199,8 @@ class RefineConfig(Config):
     """Logical CPUs a replica reserves; replicas and trainer ranks take turns, so they may share the cores."""
     trainer_cpus: float = Field(default=0.4, gt=0.0)
     """Logical CPUs a trainer rank reserves."""
+    layout: Literal["auto", "colocated", "split"] = "auto"
+    """split = nothing shares the trainer's node; colocated = everything on one node; auto = others go elsewhere first."""
     sweep: Sweep = Sweep()
     num_eval_tasks: int = Field(default=500, ge=1)
     """Held-out tasks the frontier is measured on, before and after; of other tasks than the family's, at most so many."""

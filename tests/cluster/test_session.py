@@ -36,7 +36,7 @@ def test_num_cpus_of_a_joined_cluster_is_refused() -> None:
 def test_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_A", "old")
     monkeypatch.delenv("FEWSTEP_B", raising=False)
-    with session_module._environment({"FEWSTEP_A": "new", "FEWSTEP_B": "new"}):
+    with session_module.environment_of({"FEWSTEP_A": "new", "FEWSTEP_B": "new"}):
         assert os.environ["FEWSTEP_A"] == os.environ["FEWSTEP_B"] == "new"
     assert os.environ["FEWSTEP_A"] == "old"
     assert "FEWSTEP_B" not in os.environ

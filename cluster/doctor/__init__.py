@@ -1,0 +1,1 @@
+"""`fewstep doctor`: what would stop a job here, found before it starts."""

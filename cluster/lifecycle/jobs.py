@@ -1,0 +1,136 @@
+"""`fewstep submit`, `logs`, `cancel`: jobs through Ray's job server, with this checkout's code as a wheel.
+
+A `working_dir` would not do: the nodes' own installed package would still be the one that is imported. A wheel in
+`py_modules` goes in front of it. A job given again goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fewstep.platform
+from fewstep.cluster.commands import COMMANDS
+from fewstep.cluster.lifecycle.settings import ClusterFolder, JobConfig, SubmitConfig
+from fewstep.cluster.lifecycle.state import as_member, load
+from fewstep.platform.config import load_config, render_config
+from fewstep.platform.errors import ActorDied, ConfigError, ResourceError
+from fewstep.platform.registry import nearest
+
+_CHECKOUT = Path(next(iter(fewstep.platform.__path__))).resolve().parent
+
+
+def submit(config: SubmitConfig) -> None:
+    """Checks the job here, sends it, and shows its output.
+
+    Raises:
+        ConfigError: the job or its configuration is wrong; nothing was sent.
+        ResourceError: no cluster answers.
+        ActorDied: the job failed; its output says why.
+    """
+    runnable = sorted(name for name, command in COMMANDS.items() if command.ray)
+    if config.job not in runnable:
+        raise ConfigError(
+            "job", repr(config.job), ", ".join(runnable), "choose one of them" + nearest(config.job, runnable)
+        )
+    job = load_config(COMMANDS[config.job].config_class(), config.job_config, config.overrides)
+    state = load(config.folder)
+    with _server(config) as client, tempfile.TemporaryDirectory() as folder:
+        # Variables are the job's own matter: its session sets them, and Ray takes no variable from both.
+        environment = {"py_modules": [str(build_wheel(Path(folder)))]} if config.wheel else {}
+        # The resolved configuration travels in the command: the nodes need no file of this host.
+        script = f"printf %s {shlex.quote(render_config(job))} > job.yaml && "
+        entry = f"d=$(mktemp -d) && cd $d && {script}exec {shlex.quote(sys.executable)} -m fewstep {config.job} job.yaml --ray-address {state.address}"
+        name = client.submit_job(entrypoint=entry, runtime_env=environment, metadata={"fewstep": config.job})
+        print(f"job {name}", flush=True)
+        if config.follow:
+            _follow(client, name)
+
+
+def logs(config: JobConfig) -> None:
+    """A job's output from its start until it ends. Raises ResourceError, and ActorDied if it failed."""
+    with _server(config) as client:
+        _follow(client, _job(client, config.id))
+
+
+def cancel(config: JobConfig) -> None:
+    """Ends a job; what it has checkpointed stays. Raises ResourceError."""
+    with _server(config) as client:
+        name = _job(client, config.id)
+        client.stop_job(name)
+        print(f"cancelled {name}")
+
+
+def build_wheel(folder: Path) -> Path:
+    """This checkout as a wheel. Raises ResourceError: the package is not a checkout, or the build failed."""
+    if not (_CHECKOUT / "pyproject.toml").is_file():
+        raise ResourceError(
+            "wheel",
+            f"fewstep {importlib.metadata.version('fewstep')} without its source",
+            "a checkout",
+            "set wheel=false",
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+    ]
+    done = subprocess.run(
+        [*command, str(folder), str(_CHECKOUT)], capture_output=True, text=True, check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["nothing was built"])[-1]
+        raise ResourceError("wheel", reason, "a checkout that builds", "set wheel=false, or repair the build")
+    return wheels[0]
+
+
+@contextmanager
+def _server(config: ClusterFolder) -> Iterator[Any]:
+    from ray.job_submission import JobSubmissionClient
+
+    state = load(config.folder)
+    with as_member(config.folder):
+        try:
+            yield JobSubmissionClient(state.dashboard)
+        except (ConnectionError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ResourceError(
+                state.dashboard, reason, "the job server of a cluster that is up", "look at `fewstep status`"
+            ) from error
+
+
+def _job(client: Any, name: str) -> str:
+    known = sorted(
+        (job for job in client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0
+    )
+    if not known:
+        raise ResourceError("job", "none", "a submitted job", "use `fewstep submit`")
+    names = [str(job.submission_id) for job in known]
+    if name and name not in names:
+        raise ResourceError("job", name, ", ".join(names), "choose one of them")
+    return name or names[-1]
+
+
+def _follow(client: Any, name: str) -> None:
+    async def show() -> None:
+        async for text in client.tail_job_logs(name):
+            print(text, end="", flush=True)
+
+    asyncio.run(show())
+    status = str(client.get_job_status(name).value)
+    if status != "SUCCEEDED":
+        raise ActorDied(f"job {name}", status.lower())

@@ -1,0 +1,242 @@
+"""`fewstep up`, `down`, `status`: Ray's servers on this host and on others, by process id and never by name.
+
+`ray stop` ends every Ray on a machine. Here each host's `ray start --block` is one process whose end takes its servers with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewstep.cluster.deploy import free_port
+from fewstep.cluster.lifecycle.settings import ClusterFolder, StatusConfig, UpConfig
+from fewstep.cluster.lifecycle.state import ClusterState, Member, forget, load, save, token_file
+from fewstep.cluster.session import WORKER_ENV, process_start
+from fewstep.platform.errors import ResourceError
+
+_READY_S = 120.0
+_STOP_S = 20.0
+_STARTED = "this node joined"
+
+
+def up(config: UpConfig) -> None:
+    """Starts the head here and a worker on every host; all or nothing.
+
+    Raises:
+        ResourceError: a cluster is up already, a port is taken, or a host did not come up; what had started is ended.
+    """
+    if (config.folder / "cluster.json").exists():
+        raise ResourceError(
+            str(config.folder), "a cluster that is up", "one cluster a folder", "`fewstep down` first"
+        )
+    free_port(config.node_ip, config.port)
+    free_port("127.0.0.1", config.dashboard_port)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    token = token_file(config.folder)
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    state = ClusterState(
+        f"{config.node_ip}:{config.port}", f"http://127.0.0.1:{config.dashboard_port}", config.ssh, ()
+    )
+    try:
+        state = _joined(config, state, _start_head(config))
+        for host in config.hosts:
+            state = _joined(config, state, _start_worker(config, host))
+    except BaseException:
+        _stop(config.folder, state)
+        raise
+    hosts = ", ".join(member.host for member in state.members)
+    print(
+        f"up: {state.address} ({hosts})\njobs: fewstep submit; or --ray-address {state.address} with RAY_AUTH_MODE=token"
+    )
+    print(f"RAY_AUTH_TOKEN_PATH={token}")
+
+
+def down(config: ClusterFolder) -> None:
+    """Ends every host's servers, workers first. Raises ResourceError: there is no cluster, or a host is out of reach."""
+    lost = _stop(config.folder, load(config.folder))
+    if lost:
+        raise ResourceError(
+            ", ".join(lost),
+            "no way to end it",
+            "hosts that can be reached",
+            "end its `ray start` there by hand",
+        )
+    print("down")
+
+
+def status(config: StatusConfig) -> None:
+    """Every host and whether its servers run. Raises ResourceError: there is no cluster."""
+    state = load(config.folder)
+    rows = [
+        {"host": member.host, "pid": member.pid, "alive": _alive(state, member)} for member in state.members
+    ]
+    if config.show == "json":
+        print(json.dumps({"address": state.address, "hosts": rows}, indent=2))
+        return
+    print(state.address)
+    for row in rows:
+        print(f"  {row['host']:<24} {'up' if row['alive'] else 'gone':<5} pid {row['pid']}")
+
+
+def _joined(config: UpConfig, state: ClusterState, member: Member) -> ClusterState:
+    state = ClusterState(state.address, state.dashboard, state.ssh, (*state.members, member))
+    save(config.folder, state)
+    return state
+
+
+def _ray(*words: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", *words]
+
+
+def _start_head(config: UpConfig) -> Member:
+    words = _ray(
+        "--head", f"--node-ip-address={config.node_ip}", f"--port={config.port}", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={config.dashboard_port}", f"--object-store-memory={config.object_store_mb * 2**20}",
+        # Left to its default, jobs could not be submitted beside another Ray on this host.
+        f"--dashboard-agent-listen-port={free_port('127.0.0.1', 0)}",
+        *([] if config.num_cpus is None else [f"--num-cpus={config.num_cpus}"]),
+    )  # fmt: skip
+    environment = os.environ | WORKER_ENV | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file(config.folder)), "RAY_USAGE_STATS_ENABLED": "0"
+    }  # fmt: skip
+    if config.redis:
+        environment["RAY_REDIS_ADDRESS"] = config.redis
+    log = config.folder / "head.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+    started = process_start(process.pid)
+    member = Member("this host", process.pid, started or "")
+    deadline = time.monotonic() + _READY_S
+    while b"Ray runtime started" not in log.read_bytes():
+        if process.poll() is not None or time.monotonic() > deadline:
+            _end_here(member)
+            raise ResourceError("ray", _last_line(log.read_text()), "a head that starts", f"see {log}")
+        time.sleep(0.1)
+    return member
+
+
+def _start_worker(config: UpConfig, host: str) -> Member:
+    """Starts the worker in the background of a shell on the host; the token travels by standard input."""
+    folder = f"/tmp/fewstep-{secrets.token_hex(4)}"
+    environment = WORKER_ENV | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    words = _ray(
+        f"--address={config.node_ip}:{config.port}", f"--object-store-memory={config.object_store_mb * 2**20}",
+        *([] if config.host_cpus is None else [f"--num-cpus={config.host_cpus}"]),
+    )  # fmt: skip
+    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+    # The worker's address is the one it reaches the head from; a host with several would guess.
+    script = f"""
+set -eu
+umask 077
+mkdir -p {folder}
+printf %s {token_file(config.folder).read_text()} > {folder}/token
+address=$(ip -o route get {shlex.quote(config.node_ip)} | sed -n 's/.* src \\([^ ]*\\).*/\\1/p')
+export {exports}
+setsid nohup {shlex.join(words)} "--node-ip-address=$address" < /dev/null > {folder}/worker.log 2>&1 &
+pid=$!
+for _ in $(seq 600); do
+  if grep -q 'Ray runtime started' {folder}/worker.log; then
+    echo "{_STARTED} $pid $(cut -d ' ' -f 22 /proc/$pid/stat)"
+    exit 0
+  fi
+  kill -0 $pid 2> /dev/null || break
+  sleep 0.2
+done
+tail -n 1 {folder}/worker.log >&2
+exit 1
+"""
+    answer = _on(config.ssh, host, script, timeout_s=_READY_S + 30)
+    line = next((line for line in answer.stdout.splitlines() if line.startswith(_STARTED)), None)
+    if line is None:
+        raise ResourceError(
+            f"host {host}",
+            _last_line(answer.stderr or "no answer"),
+            "a host that joins",
+            "see `fewstep doctor` on it",
+        )
+    pid, started = line.removeprefix(_STARTED).split()
+    return Member(host, int(pid), started)
+
+
+def _on(
+    ssh: Sequence[str], host: str, script: str, timeout_s: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    command = [*ssh, host, "sh", "-s"]
+    try:
+        return subprocess.run(
+            command, input=script, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ResourceError(
+            f"host {host}", error, "a host that answers", f"try `{shlex.join(command[:-2])}`"
+        ) from error
+
+
+def _stop(folder: Path, state: ClusterState) -> list[str]:
+    """Ends members, the head last; the hosts that could not be asked."""
+    lost = []
+    for member in reversed(state.members[1:]):
+        # The same process and no later one with its number; its servers are its own session's.
+        script = f"""
+same() {{ [ "$(cut -d ' ' -f 22 /proc/{member.pid}/stat 2> /dev/null)" = {member.started} ]; }}
+same || exit 0
+kill -TERM {member.pid}
+for _ in $(seq 100); do same || exit 0; sleep 0.2; done
+kill -KILL -- -{member.pid}
+"""
+        try:
+            if _on(state.ssh, member.host, script).returncode not in (0,):
+                lost.append(member.host)
+        except ResourceError:
+            lost.append(member.host)
+    if state.members:
+        _end_here(state.members[0])
+    forget(folder)
+    return lost
+
+
+def _alive(state: ClusterState, member: Member) -> bool:
+    if member is state.members[0]:
+        return process_start(member.pid) == member.started
+    asked = _on(state.ssh, member.host, f"cut -d ' ' -f 22 /proc/{member.pid}/stat")
+    return asked.stdout.strip() == member.started
+
+
+def _end_here(member: Member) -> None:
+    if process_start(member.pid) != member.started:
+        return
+    os.kill(member.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_S
+    while process_start(member.pid) == member.started and time.monotonic() < deadline:
+        _reap(member.pid)
+        time.sleep(0.1)
+    if process_start(member.pid) == member.started:
+        os.killpg(member.pid, signal.SIGKILL)
+        _reap(member.pid)
+
+
+def _reap(pid: int) -> None:
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return  # started by another command
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no answer"
