@@ -61,6 +61,15 @@ def test_seed_rewards_speed_only_through_correctness() -> None:
     assert sum(credit.advantage for credit in credits) == pytest.approx(0.0)
 
 
+def test_an_additive_reward_pays_wrong_answers_for_speed() -> None:
+    """What the multiplicative gate prevents: the fast wrong answer is worth as much as the slow right one."""
+    group = [_rollout([8], False), _rollout([1] * 8, True)]
+    assert [c.reward for c in Seed(gating="additive").credit(group, 1.0)] == [1.0, 1.0]
+    assert [c.reward for c in Seed().credit(group, 1.0)] == [0.0, 1.0]
+    with pytest.raises(ConfigError, match="multiplicative or additive"):
+        Seed(gating="none")  # type: ignore[arg-type]
+
+
 def test_seed_speed_weight_ramps_up() -> None:
     group = [_rollout([4, 4], True), _rollout([1] * 8, True)]
     early, late = (Seed(ramp=0.2).credit(group, progress)[0].reward for progress in (0.0, 0.3))
