@@ -105,7 +105,9 @@ class SharedMemoryTransport(WeightTransport):
             regions = []
             for bucket in buckets(state, self._bucket_bytes):
                 layout = Layout.of(bucket)
-                memory = self._in_use[layout] = kept.pop(layout, None) or _Memory(layout.num_bytes)
+                memory = self._in_use[layout] = (
+                    kept.pop(layout) if layout in kept else _Memory(layout.num_bytes)
+                )
                 layout.write(bucket, memory.bytes())
                 regions.append(Region(os.getpid(), memory.descriptor, memory.inode, layout))
             yield SharedMemoryPayload(tuple(regions))

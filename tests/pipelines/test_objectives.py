@@ -21,7 +21,7 @@ from fewstep.pipelines.objectives.policy_gradient import (
     mismatch_weight,
 )
 from fewstep.pipelines.objectives.seed import Seed
-from fewstep.pipelines.objectives.trace import Trace
+from fewstep.pipelines.objectives.trajectory import Trace
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import DecodePolicy, Rollout, Trajectory, Verdict
 
