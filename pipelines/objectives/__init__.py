@@ -2,7 +2,7 @@
 
 OBJECTIVES = {
     "seed": "fewstep.pipelines.objectives.seed:Seed",
-    "trace": "fewstep.pipelines.objectives.trace_rl:Trace",
+    "trace": "fewstep.pipelines.objectives.trajectory:Trace",
     "coupled": "fewstep.pipelines.objectives.coupled:Coupled",
     "distill": "fewstep.pipelines.objectives.distill:Distill",
 }

@@ -18,6 +18,7 @@ from fewstep.kernels.model.training import RowTensors
 from fewstep.pipelines.estimators import Estimator, TrajectoryEstimator
 from fewstep.pipelines.objectives.credit import Credit, adjacent_surrogate, pairwise_surrogate
 from fewstep.pipelines.objectives.policy_gradient import KlForm, Penalty, clipped_surrogate
+from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import Rollout
 
 _SURROGATES = {"pairwise": pairwise_surrogate, "adjacent": adjacent_surrogate}
@@ -32,6 +33,7 @@ class Seed:
         surrogate: `pairwise` (eq. 11, logarithmic in the steps) or `adjacent` (linear).
         clip: ε of the ratio's clip; 0.2 is usual.
         max_states: recorded states per rollout that are trained on.
+        gating: `multiplicative` as above; `additive` pays speed to wrong answers, too, and is there to be compared with.
         kl: β of the KL to the model that refinement started from; 0 = none is kept.
         kl_form: `k2` or `k3`.
     """
@@ -45,11 +47,17 @@ class Seed:
         surrogate: Literal["pairwise", "adjacent"] = "pairwise",
         clip: float = 0.2,
         max_states: int = 4,
+        gating: Literal["multiplicative", "additive"] = "multiplicative",
         kl: float = 0.0,
         kl_form: KlForm = "k3",
     ) -> None:
         self.penalty, self.has_reference = Penalty(kl, kl_form), kl > 0.0
         self.speed_weight, self.ramp, self.clip, self.max_states = speed_weight, ramp, clip, max_states
+        if gating not in ("multiplicative", "additive"):
+            raise ConfigError(
+                "objective_options.gating", gating, "multiplicative or additive", "use one of them"
+            )
+        self.gating = gating
         self._surrogate = _SURROGATES[surrogate]
 
     def estimator(self) -> Estimator:
@@ -61,7 +69,7 @@ class Seed:
         costs = [self._surrogate(rollout) for rollout in group]
         low, high = min(costs), max(costs)
         rewards = [
-            float(rollout.verdict.passed) * (1.0 + speed_weight * (high - cost) / (high - low or 1.0))
+            self._reward(float(rollout.verdict.passed), speed_weight * (high - cost) / (high - low or 1.0))
             for rollout, cost in zip(group, costs, strict=True)
         ]
         mean = sum(rewards) / len(rewards)
@@ -70,6 +78,9 @@ class Seed:
             Credit(rollout, reward, reward - mean, 0.0 if flat else 1.0)
             for rollout, reward in zip(group, rewards, strict=True)
         ]
+
+    def _reward(self, passed: float, speed: float) -> float:
+        return passed * (1.0 + speed) if self.gating == "multiplicative" else passed + speed
 
     def loss(
         self, logprob: torch.Tensor, entropy: torch.Tensor, rows: RowTensors

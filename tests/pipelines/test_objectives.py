@@ -21,7 +21,7 @@ from fewstep.pipelines.objectives.policy_gradient import (
     mismatch_weight,
 )
 from fewstep.pipelines.objectives.seed import Seed
-from fewstep.pipelines.objectives.trace_rl import Trace
+from fewstep.pipelines.objectives.trajectory import Trace
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import DecodePolicy, Rollout, Trajectory, Verdict
 
@@ -59,6 +59,15 @@ def test_seed_rewards_speed_only_through_correctness() -> None:
     assert rewards[0] == rewards[3] == 0.0
     assert rewards[1] > rewards[2] >= 1.0
     assert sum(credit.advantage for credit in credits) == pytest.approx(0.0)
+
+
+def test_an_additive_reward_pays_wrong_answers_for_speed() -> None:
+    """What the multiplicative gate prevents: the fast wrong answer is worth as much as the slow right one."""
+    group = [_rollout([8], False), _rollout([1] * 8, True)]
+    assert [c.reward for c in Seed(gating="additive").credit(group, 1.0)] == [1.0, 1.0]
+    assert [c.reward for c in Seed().credit(group, 1.0)] == [0.0, 1.0]
+    with pytest.raises(ConfigError, match="multiplicative or additive"):
+        Seed(gating="none")  # type: ignore[arg-type]
 
 
 def test_seed_speed_weight_ramps_up() -> None:

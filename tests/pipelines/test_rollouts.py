@@ -25,7 +25,7 @@ from fewstep.pipelines.objectives.coupled import Coupled
 from fewstep.pipelines.objectives.credit import RefineObjective
 from fewstep.pipelines.objectives.distill import Distill
 from fewstep.pipelines.objectives.seed import Seed
-from fewstep.pipelines.objectives.trace_rl import Trace
+from fewstep.pipelines.objectives.trajectory import Trace
 from fewstep.pipelines.refine import BEST, Progress, Workers, advance, refine
 from fewstep.pipelines.rollouts import Batch, MadeAhead
 from fewstep.pipelines.settings import RefineConfig
