@@ -47,6 +47,8 @@ class ServeConfig(Config):
     """Address to listen on. There is no authentication: put something that has it in front before widening."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 = any free one."""
+    address: str = ""
+    """host:port of a running Ray cluster whose nodes take the replicas; empty = a Ray of its own on this machine."""
     num_replicas: int = Field(default=1, ge=1)
     """Engines, each in a process of its own."""
     cpus_per_replica: float = Field(default=1.0, gt=0.0)
@@ -192,6 +194,9 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
     if ray.is_initialized():
         require_resources(need)
         return
+    if config.address:
+        stack.enter_context(ray_session(address=config.address, need=need))
+        return
     # Logical CPUs: two replicas of one CPU may share a core, so the session is never smaller than the need.
     cpus = max(math.ceil(need["CPU"]), len(os.sched_getaffinity(0)))
     stack.enter_context(ray_session(cpus, need=need))
@@ -223,7 +228,8 @@ def _start(config: ServeConfig, folder: Path, name: str, port: int) -> None:
     app = application(folder, name, **serving_options(config))
     try:
         serve.start(
-            proxy_location="HeadOnly",
+            # Of a cluster every node listens, this one included, wherever its head is.
+            proxy_location="EveryNode" if config.address else "HeadOnly",
             http_options=HTTPOptions(host=config.host, port=port),
             logging_config=LoggingConfig(log_level="WARNING"),
             controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENV}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -87,6 +88,49 @@ def test_a_refinement_over_hosts_survives_a_cut_cable_and_the_host_comes_back(
     hosts.join(2, 2)
     _, found = findings(hosts, "bandwidth=false")
     assert {item["node"] for item in found if item["check"] == "python"} == set(hosts.addresses)
+
+
+ASK = """
+import json, sys, urllib.request
+body = {"model": "embedded", "prompt": "def f(xs):\\n    \\"\\"\\"keep odd; sum\\"\\"\\"", "max_tokens": 40, "temperature": 0}
+request = urllib.request.Request(sys.argv[1] + "/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+for _ in range(int(sys.argv[2])):
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        print(json.load(answer)["choices"][0]["text"].count("return"))
+"""
+
+
+def test_a_service_over_hosts_answers_on_when_one_of_them_dies(hosts: Hosts) -> None:
+    address = f"address={hosts.addresses[0]}:{PORT}"
+    # A replica takes all CPUs of a host, so that each of the two has one.
+    words = ["serve", address, "num_replicas=2", "cpus_per_replica=2", "port=18000", "name=embedded"]
+
+    def ask(count: int) -> list[str]:
+        with hosts.start(0, sys.executable, "-c", ASK, "http://127.0.0.1:18000/v1", str(count)) as process:
+            text, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, text
+        return text.split()
+
+    with hosts.fewstep(0, *words) as server:
+        assert server.stdout is not None
+        assert any(line.startswith("serving embedded") for line in server.stdout)
+        try:
+            assert ask(6) == ["1"] * 6
+            on_host = [pid for pid in hosts.pids(2) if "ServeReplica" in command_of(pid)]
+            assert len(on_host) == 1
+            hosts.kill(2)
+            assert ask(12) == ["1"] * 12
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.stdout.read()
+            server.wait(120)
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def test_a_head_that_restarts_finds_its_actors_again_in_redis(tmp_path: Path) -> None:
