@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fewstep.actors.serving.access_log import LogConfig
 from fewstep.actors.serving.limits import LimitsConfig
@@ -59,6 +59,8 @@ class ServeConfig(Config):
     front: Literal["proxy", "replicas"] = "proxy"
     """Who answers HTTP: Ray Serve's proxy, which reaches replicas on other machines too, asks the less busy one and asks
     another when one has died; or the replicas themselves, all on the same port of this machine, one process less on the way."""
+    address: str = ""
+    """host:port of a running Ray cluster whose nodes take the replicas; empty = a Ray of its own on this machine."""
     num_replicas: int = Field(default=1, ge=1)
     """Engines, each in a process of its own."""
     cpus_per_replica: float = Field(default=1.0, gt=0.0)
@@ -84,6 +86,12 @@ class ServeConfig(Config):
     """OTLP address for OpenTelemetry spans, such as http://127.0.0.1:4318/v1/traces; empty = none."""
     drain_seconds: float = Field(default=30.0, gt=0.0)
     """After SIGTERM: how long accepted requests may take to finish while new ones get 503."""
+
+    @model_validator(mode="after")
+    def _front_reaches_every_replica(self) -> ServeConfig:
+        if self.address and self.front == "replicas":
+            raise ValueError("front=replicas is for one machine; with address= leave it at proxy")
+        return self
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,9 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
     if ray.is_initialized():
         require_resources(need)
         return
+    if config.address:
+        stack.enter_context(ray_session(address=config.address, need=need))
+        return
     # Logical CPUs: two replicas of one CPU may share a core, so the session is never smaller than the need.
     cpus = max(math.ceil(need["CPU"]), len(os.sched_getaffinity(0)))
     stack.enter_context(ray_session(cpus, need=need))
@@ -225,6 +236,13 @@ def serving_options(config: ServeConfig, listen: tuple[str, int] | None = None) 
     }
 
 
+def _proxies(config: ServeConfig) -> str:
+    """On which nodes Serve's proxy listens: of a cluster on every one, this one included, wherever its head is."""
+    if config.front == "replicas":
+        return "Disabled"
+    return "EveryNode" if config.address else "HeadOnly"
+
+
 def _start(config: ServeConfig, sources: Sequence[ModelSource], port: int) -> None:
     from ray import serve
     from ray.exceptions import RayError
@@ -238,7 +256,7 @@ def _start(config: ServeConfig, sources: Sequence[ModelSource], port: int) -> No
     app = application(sources, **serving_options(config, listen))
     try:
         serve.start(
-            proxy_location="HeadOnly" if config.front == "proxy" else "Disabled",
+            proxy_location=_proxies(config),
             http_options=HTTPOptions(host=config.host, port=port),
             logging_config=LoggingConfig(log_level="WARNING"),
             controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENV}},
