@@ -66,6 +66,11 @@ COMMANDS: dict[str, Command] = {
         "fewstep.cluster.demo:DemoConfig",
         "fewstep.cluster.demo:run",
     ),
+    "prepare": Command(
+        "tokenise and pack a corpus on disk for training",
+        "fewstep.pipelines.prepare_settings:PrepareConfig",
+        "fewstep.pipelines.prepare:run",
+    ),
     "pretrain": Command(
         "train a small block-diffusion model from scratch",
         "fewstep.pipelines.settings:PretrainConfig",
