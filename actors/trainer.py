@@ -135,7 +135,7 @@ class TrainerRank:
             rows = RowTensors.of(batch)
             logprob, entropy = engine(
                 rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
-                block_size or self._config.sees_block,
+                block_size or self._config.sees_block, rows.documents,
             )  # fmt: skip
             loss, metrics = self._objective.loss(logprob, entropy, rows)
             # Gradients are averaged over ranks, weights are normalised over all of them: undo the division.
