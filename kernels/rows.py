@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.platform.artifacts import atomic_file
+
 PAD_COPY = -1
 NO_TARGET = -1
+
+_ARRAYS = ("tokens", "positions", "copies", "targets", "weights", "documents")
 
 Number = TypeVar("Number", np.int64, np.float32)
 
@@ -137,6 +142,30 @@ class RowBatch:
             extras={name: floats([sample.extras[name] for sample in samples]) for name in samples[0].extras},
             documents=integers("documents", 0),
         )
+
+
+def save_samples(path: Path, samples: Sequence[SampleRows]) -> None:
+    """Keep samples as they are in one .npz file, whole or not at all."""
+    arrays: dict[str, Any] = {}
+    for index, sample in enumerate(samples):
+        arrays |= {f"{index}/{name}": getattr(sample, name) for name in _ARRAYS}
+        arrays |= {f"{index}/extras/{name}": values for name, values in sample.extras.items()}
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_samples(path: Path) -> list[SampleRows]:
+    """What `save_samples` kept."""
+    fields: dict[int, dict[str, Any]] = {}
+    with np.load(path, allow_pickle=False) as file:
+        for key in file.files:
+            index, _, name = key.partition("/")
+            own = fields.setdefault(int(index), {"extras": {}})
+            if name.startswith("extras/"):
+                own["extras"][name.removeprefix("extras/")] = file[key]
+            else:
+                own[name] = file[key]
+    return [SampleRows(**fields[index]) for index in sorted(fields)]
 
 
 def _padded(arrays: list[NDArray[Number]], length: int, value: Number) -> NDArray[Number]:

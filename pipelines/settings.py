@@ -33,13 +33,24 @@ class Phase(Config):
     block_size: int = Field(ge=1)
     share: float = Field(gt=0.0, le=1.0)
     """Share of all steps."""
+    mask_rates: tuple[float, float] | None = None
+    """Range of a block's mask rate, such as 0.45 to 0.95 at block size 4 (BD3-LM, 2503.09573); null = min_mask_rate
+    to 1."""
+
+    @model_validator(mode="after")
+    def _rates_are_a_range(self) -> Phase:
+        if self.mask_rates is not None and not 0.0 <= self.mask_rates[0] < self.mask_rates[1] <= 1.0:
+            raise ValueError("mask_rates must be two rising numbers from 0 to 1")
+        return self
 
 
-class PretrainConfig(Config):
-    """The two-stage curriculum from scratch: masks first, edits added for the last share of the steps."""
+class CurriculumConfig(Config):
+    """What every job of the two-stage curriculum has: masks first, edits added for the last share of the steps."""
 
     out: Path = Path("runs/pretrain")
     """Run folder: the model, checkpoints, metrics and the resolved configuration."""
+    data: str = ""
+    """Folder of a prepared corpus (`fewstep prepare`); empty = the embedded task family."""
     seed: int = Field(default=0, ge=0)
     steps: int = Field(default=7000, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -49,6 +60,8 @@ class PretrainConfig(Config):
     decay_share: float = Field(default=0.35, ge=0.0, le=1.0)
     """The rate falls linearly to zero over this last share of the steps."""
     min_mask_rate: float = Field(default=0.1, ge=0.0, lt=1.0)
+    rate_warmup_steps: int = Field(default=0, ge=0)
+    """Over these first steps the mask rates rise to their range, unweighted; for a model that has never denoised."""
     complementary: bool = True
     """Every masked state is followed by the state that masks the other positions."""
     edit_share: float = Field(default=0.2, ge=0.0, le=1.0)
@@ -69,19 +82,31 @@ class PretrainConfig(Config):
     """Refuse to start while the store does not answer; false = start, and deliver the records later."""
     experiment: str = "fewstep"
     """MLflow experiment; made when missing."""
-    model: ModelSize = ModelSize()
     trainer: TrainerSettings = TrainerSettings(
         precision="bf16", compiled=True, weight_decay=0.01, ema_decay=0.998, micro_rows=4096
     )
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> PretrainConfig:
+    def _phases_fit(self) -> CurriculumConfig:
         if self.batch_size < self.trainer.num_ranks:
             raise ValueError("batch_size must be at least trainer.num_ranks")
         if abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
             raise ValueError("the shares of phases must add up to 1")
-        if self.phases[-1].block_size != self.model.block_size:
-            raise ValueError(f"the last phase must train at the model's block_size {self.model.block_size}")
+        return self
+
+
+class PretrainConfig(CurriculumConfig):
+    """The two-stage curriculum, from scratch or from a given model: masks first, edits for the last share of the steps."""
+
+    model: str = ""
+    """Model folder or models:/NAME@ALIAS to start from; empty = fresh weights of the given size."""
+    size: ModelSize = ModelSize()
+    """Of a fresh model."""
+
+    @model_validator(mode="after")
+    def _ends_at_its_block_size(self) -> PretrainConfig:
+        if not self.model and self.phases[-1].block_size != self.size.block_size:
+            raise ValueError(f"the last phase must train at size.block_size {self.size.block_size}")
         return self
 
 
