@@ -24,6 +24,7 @@ class Command:
         config: `module:Class`, a subclass of `Config`; imports no torch, Ray or MLflow.
         run: `module:function`, called with one instance of that class.
         ray: the job needs Ray. One is started for it and ends with it, unless it is told to join another.
+        ray_key: the key without whose value the job needs no Ray after all; "" = it always does.
         operands: keys that bare words on the command line set, in order, such as `PATH` of `fewstep inspect PATH`; with
             none a bare word is the configuration file.
     """
@@ -32,6 +33,7 @@ class Command:
     config: str
     run: str
     ray: bool = False
+    ray_key: str = ""
     operands: tuple[str, ...] = ()
 
     def config_class(self) -> type[Config]:
@@ -48,12 +50,11 @@ class Command:
             ray_cpus: logical CPUs of the local Ray; None = the cores this process may use.
         """
         run: Callable[[Config], None] = _attribute(self.run)
-        with self._session(ray_address, ray_cpus):
+        needs_ray = self.ray and (not self.ray_key or bool(getattr(config, self.ray_key)))
+        with self._session(ray_address, ray_cpus) if needs_ray else nullcontext():
             run(config)
 
     def _session(self, ray_address: str | None, ray_cpus: int | None) -> AbstractContextManager[Any]:
-        if not self.ray:
-            return nullcontext()
         # Late, so that a command that needs no Ray does not read its module.
         from fewstep.cluster.session import ray_session
 
@@ -76,6 +77,14 @@ COMMANDS: dict[str, Command] = {
         "fewstep.pipelines.settings:PretrainConfig",
         "fewstep.pipelines.pretrain:run",
         ray=True,
+    ),
+    "convert": Command(
+        "turn an autoregressive model into a block-diffusion model, and train it to be one",
+        "fewstep.pipelines.settings:ConvertConfig",
+        "fewstep.pipelines.convert:run",
+        ray=True,
+        ray_key="data",
+        operands=("source",),
     ),
     "refine": Command(
         "train a model, on its own rollouts, to need fewer denoising steps",

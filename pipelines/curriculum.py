@@ -18,7 +18,7 @@ from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.corpus import Corpus
 from fewstep.pipelines.corruption import Sample, Tokens, edit_state, mask_states
 from fewstep.pipelines.packing import Piece
-from fewstep.pipelines.settings import CurriculumConfig
+from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.vocabulary import encode_pair, family_ids
 from fewstep.platform.errors import ConfigError
@@ -41,7 +41,7 @@ class Plan:
     weighted: bool
 
 
-def plan_step(config: CurriculumConfig, step: int) -> Plan:
+def plan_step(config: PretrainConfig, step: int) -> Plan:
     """The phase's block size and mask rates, whether edits are on, and the learning rate: linear warm-up, constant,
     linear to zero.
 
@@ -86,7 +86,7 @@ class Corruption:
         vocabulary: int64, tokens an edit may write.
     """
 
-    config: CurriculumConfig
+    config: PretrainConfig
     model: ModelConfig
     vocabulary: Tokens
 
@@ -115,7 +115,7 @@ def visible_block(model: ModelConfig, plan: Plan) -> int:
 class FamilyBatches:
     """Fresh pairs of the embedded family; every number is keyed by (run seed, step, sample)."""
 
-    def __init__(self, config: CurriculumConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: PretrainConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._eos = model.eos_token_id
         self._corruption = Corruption(config, model, family_ids(tokenizer))
@@ -135,7 +135,7 @@ class CorpusBatches:
     """Packed sequences of a corpus, every epoch in an order of its own, keyed by (run seed, epoch)."""
 
     def __init__(
-        self, config: CurriculumConfig, model: ModelConfig, tokenizer: Tokenizer, corpus: Corpus
+        self, config: PretrainConfig, model: ModelConfig, tokenizer: Tokenizer, corpus: Corpus
     ) -> None:
         self._config, self._model, self._corpus = config, model, corpus
         self._corruption = Corruption(config, model, ordinary_ids(tokenizer, model))

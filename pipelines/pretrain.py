@@ -28,7 +28,7 @@ from fewstep.pipelines.pretrain_start import (
 )
 from fewstep.pipelines.progress import read_progress, write_progress
 from fewstep.pipelines.publish import log_checkpoint
-from fewstep.pipelines.settings import CurriculumConfig, PretrainConfig
+from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
 from fewstep.platform.artifacts import atomic_folder
 from fewstep.platform.errors import UserError
@@ -96,7 +96,7 @@ def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
 class _Job:
     """What the loop over steps works with."""
 
-    config: CurriculumConfig
+    config: PretrainConfig
     start: Start
     fingerprint: str
     trainer: TrainerGroup
@@ -124,7 +124,7 @@ def _train(job: _Job, first: int) -> None:
 class _Log:
     """Progress lines on the terminal, one JSON line per report in metrics.jsonl, and the tracker."""
 
-    def __init__(self, config: CurriculumConfig, first: int, tracker: Tracker) -> None:
+    def __init__(self, config: PretrainConfig, first: int, tracker: Tracker) -> None:
         self._config, self._start, self._tracker = config, time.monotonic(), tracker
         self._path = config.out / "metrics.jsonl"
         kept = self._path.read_text().splitlines() if first and self._path.is_file() else []

@@ -14,7 +14,7 @@ from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
 from fewstep.pipelines.corpus import TOKENIZER, Corpus
 from fewstep.pipelines.curriculum import Batches, CorpusBatches, FamilyBatches
 from fewstep.pipelines.models import pinned_model
-from fewstep.pipelines.settings import CurriculumConfig, ModelSize, PretrainConfig
+from fewstep.pipelines.settings import ModelSize, PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.vocabulary import EOS_ID, MASK, MASK_ID, PAD_ID, build_tokenizer
 from fewstep.platform.artifacts import file_digest, weights_digest
@@ -68,14 +68,14 @@ def find_start(config: PretrainConfig, corpus: Corpus | None) -> Start:
     return start
 
 
-def find_batches(config: CurriculumConfig, start: Start, corpus: Corpus | None) -> Batches:
+def find_batches(config: PretrainConfig, start: Start, corpus: Corpus | None) -> Batches:
     """Where the job's samples come from."""
     if corpus is None:
         return FamilyBatches(config, start.model, start.tokenizer)
     return CorpusBatches(config, start.model, start.tokenizer, corpus)
 
 
-def log_lineage(tracker: Tracker, config: CurriculumConfig, corpus: Corpus | None) -> None:
+def log_lineage(tracker: Tracker, config: PretrainConfig, corpus: Corpus | None) -> None:
     """The data of a run by digest."""
     if corpus is None:
         tracker.log_dataset(
@@ -171,7 +171,7 @@ def _check_data(config: PretrainConfig, start: Start, corpus: Corpus | None) -> 
             )  # fmt: skip
 
 
-def job_fingerprint(config: CurriculumConfig, start: Start, corpus: Corpus | None) -> str:
+def job_fingerprint(config: PretrainConfig, start: Start, corpus: Corpus | None) -> str:
     """Configuration, data and starting weights; where a run is written and recorded is no part of what it computes."""
     outside = {"tracking_uri": None, "require_tracking": True, "experiment": ""}
     text = config.model_copy(update={"out": Path(), "resume": True, **outside}).model_dump_json()

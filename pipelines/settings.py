@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,13 +66,6 @@ class CurriculumConfig(Config):
     """Every masked state is followed by the state that masks the other positions."""
     edit_share: float = Field(default=0.2, ge=0.0, le=1.0)
     """An edited state per sample is added for this last share of the steps."""
-    phases: tuple[Phase, ...] = (
-        Phase(block_size=1, share=0.3),
-        Phase(block_size=2, share=0.05),
-        Phase(block_size=4, share=0.08),
-        Phase(block_size=8, share=0.12),
-        Phase(block_size=16, share=0.45),
-    )
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = True
     """Go on from the newest checkpoint in `out`; the configuration must be the same."""
@@ -87,11 +80,9 @@ class CurriculumConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> CurriculumConfig:
+    def _every_rank_has_samples(self) -> CurriculumConfig:
         if self.batch_size < self.trainer.num_ranks:
             raise ValueError("batch_size must be at least trainer.num_ranks")
-        if abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
-            raise ValueError("the shares of phases must add up to 1")
         return self
 
 
@@ -102,12 +93,58 @@ class PretrainConfig(CurriculumConfig):
     """Model folder or models:/NAME@ALIAS to start from; empty = fresh weights of the given size."""
     size: ModelSize = ModelSize()
     """Of a fresh model."""
+    phases: tuple[Phase, ...] = (
+        Phase(block_size=1, share=0.3),
+        Phase(block_size=2, share=0.05),
+        Phase(block_size=4, share=0.08),
+        Phase(block_size=8, share=0.12),
+        Phase(block_size=16, share=0.45),
+    )
 
     @model_validator(mode="after")
-    def _ends_at_its_block_size(self) -> PretrainConfig:
+    def _phases_fit(self) -> PretrainConfig:
+        if abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
+            raise ValueError("the shares of phases must add up to 1")
         if not self.model and self.phases[-1].block_size != self.size.block_size:
             raise ValueError(f"the last phase must train at size.block_size {self.size.block_size}")
         return self
+
+
+class ConvertConfig(CurriculumConfig):
+    """An autoregressive model becomes a block-diffusion model; with data, it is trained to be one."""
+
+    source: str = Field(min_length=1)
+    """Model folder or models:/NAME@ALIAS of a Llama, Qwen2 or Qwen3 model."""
+    to: Literal["block-diffusion"] = "block-diffusion"
+    """What it becomes."""
+    out: Path = Path("runs/convert")
+    """Run folder; the model is in `out`/model."""
+    block_size: int = Field(default=4, ge=1)
+    """Positions denoised together once trained."""
+    mask_token: str = ""
+    """Token that stands for what is not written yet; empty = a mask or reserved token, or a new one."""
+    block_warmup_share: float = Field(default=0.3, ge=0.0, lt=1.0)
+    """Share of the steps at the block sizes 1, 2, 4, ... below `block_size`, equally long (LLaDA2.0, 2512.15745)."""
+    steps: int = Field(default=2000, ge=1)
+    """Of training; used with `data`."""
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    warmup_steps: int = Field(default=200, ge=0)
+    rate_warmup_steps: int = Field(default=200, ge=0)
+    """Over these first steps the mask rates rise to their range, unweighted."""
+    trainer: TrainerSettings = TrainerSettings(precision="bf16", weight_decay=0.01, micro_rows=4096)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The warm-up over block sizes, then the model's own."""
+        sizes = [2**power for power in range(self.block_size.bit_length()) if 2**power < self.block_size]
+        share = self.block_warmup_share / max(1, len(sizes))
+        warmup = [Phase(block_size=size, share=share) for size in sizes if share]
+        rest = 1.0 - sum(phase.share for phase in warmup)
+        return (*warmup, Phase(block_size=self.block_size, share=rest))
+
+    def pretraining(self, start: Path) -> PretrainConfig:
+        """The training of the converted model in `start`."""
+        shared = {name: getattr(self, name) for name in CurriculumConfig.model_fields}
+        return PretrainConfig(**shared, model=str(start), phases=self.phases())
 
 
 class Sweep(Config):
