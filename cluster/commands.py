@@ -86,6 +86,12 @@ COMMANDS: dict[str, Command] = {
         ray_key="data",
         operands=("source",),
     ),
+    "export": Command(
+        "write a trained model in Hugging Face layout, with a card made from its records",
+        "fewstep.pipelines.export_settings:ExportConfig",
+        "fewstep.pipelines.export:run",
+        operands=("path",),
+    ),
     "refine": Command(
         "train a model, on its own rollouts, to need fewer denoising steps",
         "fewstep.pipelines.settings:RefineConfig",
