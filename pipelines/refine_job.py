@@ -88,7 +88,7 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         verifiers = stack.enter_context(VerifierPool(config.num_verifiers, num_cpus=VERIFIER_CPUS))
         trainer = TrainerGroup(
             model, folder, config.trainer, OBJECTIVES.get(config.objective, config.objective),
-            config.objective_options, num_cpus=config.trainer_cpus,
+            config.objective_options, num_cpus=config.trainer_cpus, replay=config.out / "diverged-batch.npz",
         )  # fmt: skip
         stack.callback(trainer.close)
         frontier = _Frontier(config, held_out, pool, verifiers, tokenizer)
