@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -27,8 +28,8 @@ from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.kernels.rows import RowBatch, SampleRows
-from fewstep.platform.errors import ActorDied
+from fewstep.kernels.rows import RowBatch, SampleRows, save_samples
+from fewstep.platform.errors import ActorDied, UserError
 from fewstep.platform.registry import resolve
 
 Metrics = dict[str, float]
@@ -41,6 +42,19 @@ class Objective(Protocol):
     def loss(
         self, logprob: torch.Tensor, entropy: torch.Tensor, rows: RowTensors
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]: ...
+
+
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW that can be told to leave everything as it is: moments, count of steps and weights.
+
+    Attributes:
+        skip: the next steps do nothing.
+    """
+
+    skip = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.skip else super().step(closure)
 
 
 class TrainerRank:
@@ -95,12 +109,12 @@ class TrainerRank:
         # every later start); gloo's own all-reduce is as fast at these sizes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-        optimizer = torch.optim.AdamW(
+        self._optimizer = SkippingAdamW(
             _decay_groups(self._model, settings.weight_decay), lr=0.0, betas=settings.betas, fused=True
         )
         self._engine, *_ = deepspeed.initialize(
             model=self._model,
-            optimizer=optimizer,
+            optimizer=self._optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_clipping": settings.max_grad_norm,
@@ -119,7 +133,8 @@ class TrainerRank:
             samples: rows whose weights are normalised over the batch of all ranks.
             block_size: override of the model's own (the warm-up over block sizes).
         Returns:
-            the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (of all ranks together, before clipping), `rows`, `targets`.
+            the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (of all ranks together, before
+            clipping), `rows`, `targets`, and `skipped`: 1 if the gradient was not finite, so that nothing was changed.
         """
         if self._config.logit_shift and any((s.targets[s.positions == 0] >= 0).any() for s in samples):
             raise ValueError("position 0 is a target, and in a model with shifted logits no row predicts it")
@@ -135,21 +150,27 @@ class TrainerRank:
             rows = RowTensors.of(batch)
             logprob, entropy = engine(
                 rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
-                block_size or self._config.sees_block,
+                block_size or self._config.sees_block, rows.documents,
             )  # fmt: skip
             loss, metrics = self._objective.loss(logprob, entropy, rows)
             # Gradients are averaged over ranks, weights are normalised over all of them: undo the division.
             engine.backward(loss * self._settings.num_ranks)
             if index == len(batches) - 1 and self._settings.zero_stage == 0:
                 totals["grad_norm"] = self._grad_norm()
+                self._optimizer.skip = not math.isfinite(totals["grad_norm"])
             engine.step()
             totals["loss"] += float(loss.detach())
             totals["rows"] += batch.num_rows
             totals["targets"] += len(rows.targets)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
-        if self._settings.zero_stage > 0:  # its optimiser keeps the gradients, and the norm of all shards
-            totals["grad_norm"] = float(engine.get_global_grad_norm())
+        # ZeRO's optimiser keeps the gradients, skips by itself, and says -1 or inf for NaN.
+        if self._settings.zero_stage > 0:
+            norm = float(engine.get_global_grad_norm())
+            totals["grad_norm"] = norm if norm >= 0 else math.nan
+        totals["skipped"] = float(not math.isfinite(totals["grad_norm"]))
+        if totals["skipped"]:
+            return totals
         self._updates += 1
         self._average()
         return totals
@@ -261,6 +282,7 @@ class TrainerGroup:
 
     Args:
         node_id: the node of every rank; None = where Ray finds room.
+        replay: file that keeps the batch where training had to be given up (`load_samples` reads it).
 
     Raises:
         ResourceError: the cluster has too few free CPUs; says how many are free.
@@ -276,12 +298,14 @@ class TrainerGroup:
         options: Mapping[str, Any] | None = None,
         num_cpus: float = 1.0,
         node_id: str | None = None,
+        replay: Path | None = None,
     ) -> None:
         import ray
 
         require_room("trainer ranks", settings.num_ranks, num_cpus)
         self._ray: Any = ray
         self.settings = settings
+        self._replay, self._samples, self._num_skipped = replay, list[SampleRows](), 0
         actor: Any = ray.remote(num_cpus=num_cpus, max_restarts=0, **on_node(node_id))(TrainerRank)
         self._ranks: list[Any] = [
             actor.remote(config, initial, settings, objective, options or {})
@@ -294,6 +318,7 @@ class TrainerGroup:
         self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None
     ) -> list[Any]:
         """Begin one optimiser step and return its pending results, for `finish_update`."""
+        self._samples = list(samples)
         shares = [samples[rank :: len(self._ranks)] for rank in range(len(self._ranks))]
         return [
             rank.update.remote(share, learning_rate, block_size)
@@ -301,10 +326,17 @@ class TrainerGroup:
         ]
 
     def finish_update(self, pending: list[Any]) -> Metrics:
-        """Metrics summed over ranks; grad_norm is of all of them already."""
+        """Metrics summed over ranks; `grad_norm` and `skipped` are of all of them already.
+
+        Raises:
+            UserError: `max_skipped_steps` were passed; the batch lies in the replay file.
+        """
         parts: list[Metrics] = self._get(pending)
         total = {name: float(np.sum([part.get(name, 0.0) for part in parts])) for name in parts[0]}
-        total["grad_norm"] = parts[0]["grad_norm"]
+        total |= {name: parts[0][name] for name in ("grad_norm", "skipped")}
+        self._num_skipped = self._num_skipped + 1 if total["skipped"] else 0
+        if self._num_skipped > self.settings.max_skipped_steps:
+            raise self._diverged()
         return total
 
     def update(
@@ -343,6 +375,18 @@ class TrainerGroup:
         for rank in self._ranks:
             with contextlib.suppress(Exception):
                 self._ray.kill(rank)
+
+    def _diverged(self) -> UserError:
+        kept = ""
+        if self._replay is not None:
+            save_samples(self._replay, self._samples)
+            kept = f"; the last batch is kept in {self._replay}"
+        return UserError(
+            "gradient",
+            f"not finite in {self._num_skipped} steps in a row, each skipped",
+            f"at most {self.settings.max_skipped_steps} (trainer.max_skipped_steps)",
+            f"lower learning_rate, or look at the data{kept}",
+        )
 
     def _get(self, references: list[Any]) -> list[Any]:
         try:

@@ -30,5 +30,7 @@ class TrainerSettings(Config):
     """Keep an exponential moving average of the weights and publish that; None = publish the weights."""
     micro_rows: int = Field(default=8192, ge=256)
     """Padded rows per forward; a larger batch is accumulated."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """A step whose gradient is not finite changes nothing and is counted; more than this many in a row end the job."""
     deadline_s: float = Field(default=900.0, gt=0.0)
     """A rank that has not answered a call after this long is given up, and the job with it."""

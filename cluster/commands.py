@@ -24,6 +24,7 @@ class Command:
         config: `module:Class`, a subclass of `Config`; imports no torch, Ray or MLflow.
         run: `module:function`, called with one instance of that class.
         ray: the job needs Ray. One is started for it and ends with it, unless it is told to join another.
+        ray_key: the key without whose value the job needs no Ray after all; "" = it always does.
         operands: keys that bare words on the command line set, in order, such as `PATH` of `fewstep inspect PATH`; with
             none a bare word is the configuration file.
         plan: `module:function`, called with the configuration after a dry run has printed it; empty = nothing to add.
@@ -33,6 +34,7 @@ class Command:
     config: str
     run: str
     ray: bool = False
+    ray_key: str = ""
     operands: tuple[str, ...] = ()
     plan: str = ""
 
@@ -62,7 +64,8 @@ class Command:
     def _session(
         self, config: Config, ray_address: str | None, ray_cpus: int | None
     ) -> AbstractContextManager[Any]:
-        if not self.ray or getattr(config, "in_process", False):
+        needed = self.ray and (not self.ray_key or bool(getattr(config, self.ray_key)))
+        if not needed or getattr(config, "in_process", False):
             return nullcontext()
         # Late, so that a command that needs no Ray does not read its module.
         from fewstep.cluster.session import ray_session
@@ -76,11 +79,30 @@ COMMANDS: dict[str, Command] = {
         "fewstep.cluster.demo:DemoConfig",
         "fewstep.cluster.demo:run",
     ),
+    "prepare": Command(
+        "tokenise and pack a corpus on disk for training",
+        "fewstep.pipelines.prepare_settings:PrepareConfig",
+        "fewstep.pipelines.prepare:run",
+    ),
     "pretrain": Command(
         "train a small block-diffusion model from scratch",
         "fewstep.pipelines.settings:PretrainConfig",
         "fewstep.pipelines.pretrain:run",
         ray=True,
+    ),
+    "convert": Command(
+        "turn an autoregressive model into a block-diffusion model, and train it to be one",
+        "fewstep.pipelines.settings:ConvertConfig",
+        "fewstep.pipelines.convert:run",
+        ray=True,
+        ray_key="data",
+        operands=("source",),
+    ),
+    "export": Command(
+        "write a trained model in Hugging Face layout, with a card made from its records",
+        "fewstep.pipelines.export_settings:ExportConfig",
+        "fewstep.pipelines.export:run",
+        operands=("path",),
     ),
     "refine": Command(
         "train a model, on its own rollouts, to need fewer denoising steps",

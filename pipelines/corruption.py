@@ -41,15 +41,16 @@ def mask_states(
     *,
     block_size: int,
     mask_token: int,
-    min_rate: float,
+    rates: tuple[float, float],
     complementary: bool,
     draws: np.random.Generator,
+    weighted: bool = True,
 ) -> None:
     """Add a masked state, and its complement, to `rows`.
 
-    Every block draws its own rate t ~ U(min_rate, 1) (clipped schedule, BD3-LM 2503.09573), each answer position
-    of it is masked with probability t, at least one per block, and weighs 1/t clipped at MAX_WEIGHT. With
-    `complementary` (Fast-dLLM v2, 2509.26328) a second state masks exactly the other positions, weight 1/(1-t).
+    Every block draws its own rate t ~ U(rates) (clipped schedule, BD3-LM 2503.09573), each answer position
+    of it is masked with probability t, at least one per block, and weighs 1/t clipped at MAX_WEIGHT, or 1 where not
+    `weighted`. With `complementary` (Fast-dLLM v2, 2509.26328) a second state masks exactly the other positions, weight 1/(1-t).
     A block of one position has nothing but its mask, so it gets no complement.
     """
     start = sample.num_prompt // block_size * block_size
@@ -57,13 +58,14 @@ def mask_states(
     tokens, answer = sample.tokens[start:], positions >= sample.num_prompt
     block = (positions - start) // block_size
     num_blocks = int(block[-1]) + 1
-    rate = draws.uniform(min_rate, 1.0, num_blocks) if block_size > 1 else np.ones(num_blocks)
+    rate = draws.uniform(*rates, num_blocks) if block_size > 1 else np.ones(num_blocks)
     masked = (draws.random(len(positions)) < rate[block]) & answer
     _force_one_per_block(masked, answer, block, draws)
-    _add_masked(rows, tokens, positions, masked, np.minimum(1 / rate[block], MAX_WEIGHT), mask_token)
+    highest = MAX_WEIGHT if weighted else 1.0
+    _add_masked(rows, tokens, positions, masked, np.minimum(1 / rate[block], highest), mask_token)
     rest = answer & ~masked
     if complementary and block_size > 1 and rest.any():
-        weight = np.minimum(1 / np.maximum(1 - rate[block], 1e-6), MAX_WEIGHT)
+        weight = np.minimum(1 / np.maximum(1 - rate[block], 1e-6), highest)
         _add_masked(rows, tokens, positions, rest, weight, mask_token)
 
 
@@ -93,15 +95,22 @@ def _add_masked(
 
 
 def edit_state(
-    sample: Sample, rows: SampleRows, *, block_size: int, vocabulary: Tokens, draws: np.random.Generator
+    sample: Sample,
+    rows: SampleRows,
+    *,
+    block_size: int,
+    vocabulary: Tokens,
+    draws: np.random.Generator,
+    whole: bool = False,
 ) -> None:
     """Add an edited state to `rows`: k = floor(|answer| · α), α ~ U(0, 0.1), token edits, all positions supervised.
 
     Nothing is carried over: visible tokens are predicted too, so the model learns to doubt them. Insertions and
     deletions shift the rest of their block, which is cropped or refilled with its own last token (reading 1 of
-    the length question: local shift-and-crop). `vocabulary` are the tokens an edit may write.
+    the length question: local shift-and-crop). `vocabulary` are the tokens an edit may write. `whole` = the state holds
+    the prompt's blocks, too, as a bidirectional model needs it.
     """
-    start = sample.num_prompt // block_size * block_size
+    start = 0 if whole else sample.num_prompt // block_size * block_size
     positions = np.arange(start, len(sample.tokens))
     answer = positions >= sample.num_prompt
     edited = sample.tokens[start:].copy()

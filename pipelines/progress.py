@@ -44,7 +44,7 @@ def read_progress(checkpoint: Path, fingerprint: str, *, resume: bool) -> dict[s
         raise ConfigError(
             "out",
             str(checkpoint.parent),
-            "a folder without a checkpoint of another configuration or of other starting weights",
+            "a folder without a checkpoint of another configuration, other data or other starting weights",
             "choose another out, or resume=false to start over",
         )
     return values

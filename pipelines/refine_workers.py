@@ -142,7 +142,7 @@ def open_trainer(
         return
     group = TrainerGroup(
         model, folder, config.trainer, objective, config.objective_options, num_cpus=config.trainer_cpus,
-        node_id=placement.node_ids("trainer ranks")[0],
+        node_id=placement.node_ids("trainer ranks")[0], replay=config.out / "diverged-batch.npz",
     )  # fmt: skip
     try:
         yield group

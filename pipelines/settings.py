@@ -34,13 +34,24 @@ class Phase(Config):
     block_size: int = Field(ge=1)
     share: float = Field(gt=0.0, le=1.0)
     """Share of all steps."""
+    mask_rates: tuple[float, float] | None = None
+    """Range of a block's mask rate, such as 0.45 to 0.95 at block size 4 (BD3-LM, 2503.09573); null = min_mask_rate
+    to 1."""
+
+    @model_validator(mode="after")
+    def _rates_are_a_range(self) -> Phase:
+        if self.mask_rates is not None and not 0.0 <= self.mask_rates[0] < self.mask_rates[1] <= 1.0:
+            raise ValueError("mask_rates must be two rising numbers from 0 to 1")
+        return self
 
 
-class PretrainConfig(Config):
-    """The two-stage curriculum from scratch: masks first, edits added for the last share of the steps."""
+class CurriculumConfig(Config):
+    """What every job of the two-stage curriculum has: masks first, edits added for the last share of the steps."""
 
     out: Path = Path("runs/pretrain")
     """Run folder: the model, checkpoints, metrics and the resolved configuration."""
+    data: str = ""
+    """Folder of a prepared corpus (`fewstep prepare`); empty = the embedded task family."""
     seed: int = Field(default=0, ge=0)
     steps: int = Field(default=7000, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -50,17 +61,12 @@ class PretrainConfig(Config):
     decay_share: float = Field(default=0.35, ge=0.0, le=1.0)
     """The rate falls linearly to zero over this last share of the steps."""
     min_mask_rate: float = Field(default=0.1, ge=0.0, lt=1.0)
+    rate_warmup_steps: int = Field(default=0, ge=0)
+    """Over these first steps the mask rates rise to their range, unweighted; for a model that has never denoised."""
     complementary: bool = True
     """Every masked state is followed by the state that masks the other positions."""
     edit_share: float = Field(default=0.2, ge=0.0, le=1.0)
     """An edited state per sample is added for this last share of the steps."""
-    phases: tuple[Phase, ...] = (
-        Phase(block_size=1, share=0.3),
-        Phase(block_size=2, share=0.05),
-        Phase(block_size=4, share=0.08),
-        Phase(block_size=8, share=0.12),
-        Phase(block_size=16, share=0.45),
-    )
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = True
     """Go on from the newest checkpoint in `out`; the configuration must be the same."""
@@ -70,20 +76,76 @@ class PretrainConfig(Config):
     """Refuse to start while the store does not answer; false = start, and deliver the records later."""
     experiment: str = "fewstep"
     """MLflow experiment; made when missing."""
-    model: ModelSize = ModelSize()
     trainer: TrainerSettings = TrainerSettings(
         precision="bf16", compiled=True, weight_decay=0.01, ema_decay=0.998, micro_rows=4096
     )
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> PretrainConfig:
+    def _every_rank_has_samples(self) -> CurriculumConfig:
         if self.batch_size < self.trainer.num_ranks:
             raise ValueError("batch_size must be at least trainer.num_ranks")
+        return self
+
+
+class PretrainConfig(CurriculumConfig):
+    """The two-stage curriculum, from scratch or from a given model: masks first, edits for the last share of the steps."""
+
+    model: str = ""
+    """Model folder or models:/NAME@ALIAS to start from; empty = fresh weights of the given size."""
+    size: ModelSize = ModelSize()
+    """Of a fresh model."""
+    phases: tuple[Phase, ...] = (
+        Phase(block_size=1, share=0.3),
+        Phase(block_size=2, share=0.05),
+        Phase(block_size=4, share=0.08),
+        Phase(block_size=8, share=0.12),
+        Phase(block_size=16, share=0.45),
+    )
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> PretrainConfig:
         if abs(sum(phase.share for phase in self.phases) - 1.0) > 1e-6:
             raise ValueError("the shares of phases must add up to 1")
-        if self.phases[-1].block_size != self.model.block_size:
-            raise ValueError(f"the last phase must train at the model's block_size {self.model.block_size}")
+        if not self.model and self.phases[-1].block_size != self.size.block_size:
+            raise ValueError(f"the last phase must train at size.block_size {self.size.block_size}")
         return self
+
+
+class ConvertConfig(CurriculumConfig):
+    """An autoregressive model becomes a block-diffusion model; with data, it is trained to be one."""
+
+    source: str = Field(min_length=1)
+    """Model folder or models:/NAME@ALIAS of a Llama, Qwen2 or Qwen3 model."""
+    to: Literal["block-diffusion"] = "block-diffusion"
+    """What it becomes."""
+    out: Path = Path("runs/convert")
+    """Run folder; the model is in `out`/model."""
+    block_size: int = Field(default=4, ge=1)
+    """Positions denoised together once trained."""
+    mask_token: str = ""
+    """Token that stands for what is not written yet; empty = a mask or reserved token, or a new one."""
+    block_warmup_share: float = Field(default=0.3, ge=0.0, lt=1.0)
+    """Share of the steps at the block sizes 1, 2, 4, ... below `block_size`, equally long (LLaDA2.0, 2512.15745)."""
+    steps: int = Field(default=2000, ge=1)
+    """Of training; used with `data`."""
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    warmup_steps: int = Field(default=200, ge=0)
+    rate_warmup_steps: int = Field(default=200, ge=0)
+    """Over these first steps the mask rates rise to their range, unweighted."""
+    trainer: TrainerSettings = TrainerSettings(precision="bf16", weight_decay=0.01, micro_rows=4096)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The warm-up over block sizes, then the model's own."""
+        sizes = [2**power for power in range(self.block_size.bit_length()) if 2**power < self.block_size]
+        share = self.block_warmup_share / max(1, len(sizes))
+        warmup = [Phase(block_size=size, share=share) for size in sizes if share]
+        rest = 1.0 - sum(phase.share for phase in warmup)
+        return (*warmup, Phase(block_size=self.block_size, share=rest))
+
+    def pretraining(self, start: Path) -> PretrainConfig:
+        """The training of the converted model in `start`."""
+        shared = {name: getattr(self, name) for name in CurriculumConfig.model_fields}
+        return PretrainConfig(**shared, model=str(start), phases=self.phases())
 
 
 class Sweep(Config):

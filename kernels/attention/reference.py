@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 
 
-def visibility(positions: torch.Tensor, copies: torch.Tensor, block_size: int) -> torch.Tensor:
+def visibility(
+    positions: torch.Tensor, copies: torch.Tensor, block_size: int, documents: torch.Tensor | None = None
+) -> torch.Tensor:
     """Which key rows each query row sees.
 
     Args:
         positions: int [N, R], absolute positions; copies: int [N, R].
+        documents: int [N, R], which of a row's packed documents it belongs to; none sees another. None = one each.
     Returns:
         bool [N, R, R], True = visible. Padding rows see themselves only, so that no softmax is empty.
     """
@@ -29,6 +32,8 @@ def visibility(positions: torch.Tensor, copies: torch.Tensor, block_size: int) -
     sees_past = (copy_k == 0) & (block_k < block_q)
     sees_own = (copy_k == copy_q) & (block_k == block_q)
     real = (copy_q >= 0) & (copy_k >= 0)
+    if documents is not None:
+        real &= documents[:, :, None] == documents[:, None, :]
     itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)[None]
     return ((sees_past | sees_own) & real) | itself
 

@@ -22,6 +22,7 @@ class RowTensors:
     tokens: torch.Tensor
     positions: torch.Tensor
     copies: torch.Tensor
+    documents: torch.Tensor
     target_rows: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
@@ -35,6 +36,7 @@ class RowTensors:
             tokens=torch.from_numpy(batch.tokens),
             positions=torch.from_numpy(batch.positions),
             copies=torch.from_numpy(batch.copies),
+            documents=torch.from_numpy(batch.documents),
             target_rows=rows,
             targets=targets[rows],
             weights=torch.from_numpy(batch.weights).flatten()[rows],
@@ -69,12 +71,14 @@ class TrainingModel(nn.Module):
         target_rows: torch.Tensor,
         targets: torch.Tensor,
         block_size: int,
+        documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments as in `RowTensors`; `block_size` as for `visibility` (`ModelConfig.sees_block` unless warming up)."""
-        visible = visibility(positions, copies, block_size)
+        """Arguments as in `RowTensors`; `block_size` as for `visibility` (`ModelConfig.sees_block` unless warming up);
+        `documents` = None says that nothing is packed."""
+        visible = visibility(positions, copies, block_size, documents)
         config = self.transformer.config
         if config.logit_shift:
-            target_rows = rows_before(positions, copies, target_rows, block_size)
+            target_rows = rows_before(positions, copies, target_rows, block_size, documents)
         if tokens.is_cpu and holds_logits(len(targets), config.vocab_size):
             return self._run(tokens, positions, visible, target_rows, targets)  # type: ignore[no-any-return]
         hidden = self._hidden(tokens, positions, visible, target_rows)
@@ -112,7 +116,11 @@ class TrainingModel(nn.Module):
 
 
 def rows_before(
-    positions: torch.Tensor, copies: torch.Tensor, target_rows: torch.Tensor, block_size: int
+    positions: torch.Tensor,
+    copies: torch.Tensor,
+    target_rows: torch.Tensor,
+    block_size: int,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The rows that predict the targets of a model with shifted logits: those one position to the left.
 
@@ -122,7 +130,7 @@ def rows_before(
 
     Args:
         positions, copies: int64 [N, R], clean rows first and in order (see `SampleRows`); target_rows: int64 [m], into
-            the flattened rows.
+            the flattened rows; documents: as for `visibility`.
     Returns:
         int64 [m], into the flattened rows.
     """
@@ -132,7 +140,20 @@ def rows_before(
     same_copy = (flat_copy[left] == flat_copy[target_rows]) & (flat_position[left] == wanted)
     same_block = wanted // block_size == (wanted + 1) // block_size
     clean = target_rows // positions.shape[1] * positions.shape[1] + wanted
+    if documents is not None:
+        clean = clean + _first_rows(positions, copies, documents, target_rows)
+        same_copy &= documents.flatten()[left] == documents.flatten()[target_rows]
     return torch.where(same_copy & same_block, left, clean)
+
+
+def _first_rows(
+    positions: torch.Tensor, copies: torch.Tensor, documents: torch.Tensor, target_rows: torch.Tensor
+) -> torch.Tensor:
+    """Where in its sample's rows the first clean row of each target's document lies, int64 [m]."""
+    first = positions.new_zeros(len(positions), int(documents.max()) + 1)
+    sample, row = ((positions == 0) & (copies == 0)).nonzero(as_tuple=True)
+    first[sample, documents[sample, row]] = row
+    return first[target_rows // positions.shape[1], documents.flatten()[target_rows]]
 
 
 def _float32_attention(visible: torch.Tensor) -> Attention:

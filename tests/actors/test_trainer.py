@@ -15,8 +15,8 @@ from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.kernels.rows import RowBatch, SampleRows
-from fewstep.platform.errors import ActorDied, ResourceError
+from fewstep.kernels.rows import RowBatch, SampleRows, load_samples
+from fewstep.platform.errors import ActorDied, ResourceError, UserError
 
 pytestmark = pytest.mark.ray
 
@@ -158,3 +158,35 @@ def test_logprobs_are_of_the_weights_that_are_asked_for(num_ranks: int) -> None:
         np.testing.assert_allclose(frozen[asked], expected.numpy(), atol=1e-5)
         assert (before[~asked] == 0.0).all()
         assert np.abs(after[asked] - before[asked]).max() > 1e-3
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_step_without_a_finite_gradient_changes_nothing_and_too_many_keep_the_batch(
+    zero_stage: int, tmp_path: Path
+) -> None:
+    settings = TrainerSettings(
+        num_ranks=1 + zero_stage, zero_stage=zero_stage, ema_decay=0.9, max_skipped_steps=1
+    )
+    poisoned = _samples(1)
+    poisoned[3].weights[-2] = np.nan
+    finals = []
+    for bad in (False, True):
+        group = TrainerGroup(CONFIG, 7, settings, OBJECTIVE, num_cpus=0.5, replay=tmp_path / "batch.npz")
+        try:
+            group.update(_samples(0), 1e-2)
+            if bad:
+                before = group.state()
+                assert group.update(poisoned, 1e-2)["skipped"] == 1.0
+                assert all(torch.equal(before[name], tensor) for name, tensor in group.state().items())
+            assert group.update(_samples(2), 1e-2)["skipped"] == 0.0
+            finals.append(group.state())
+            if bad:
+                group.update(poisoned, 1e-2)
+                with pytest.raises(UserError, match=r"2 steps in a row.*batch\.npz"):
+                    group.update(poisoned, 1e-2)
+        finally:
+            group.close()
+    assert all(torch.equal(finals[0][name], tensor) for name, tensor in finals[1].items())
+    for kept, sample in zip(load_samples(tmp_path / "batch.npz"), poisoned, strict=True):
+        np.testing.assert_equal(kept.weights, sample.weights)
+        np.testing.assert_equal((kept.tokens, kept.documents), (sample.tokens, sample.documents))

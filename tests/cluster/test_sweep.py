@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "steps": 6, "batch_size": 4, "checkpoint_every": 2, "warmup_steps": 2,
     "phases": [{"block_size": 8, "share": 1.0}],
-    "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "size": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
               "intermediate_size": 48, "max_position_embeddings": 128, "block_size": 8},
     "trainer": {"compiled": False},
 }  # fmt: skip

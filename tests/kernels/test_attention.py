@@ -11,18 +11,20 @@ from fewstep.kernels.attention import attend, visibility
 
 @settings(deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 11), st.integers(-1, 3)), min_size=1, max_size=10),
+    rows=st.lists(
+        st.tuples(st.integers(0, 11), st.integers(-1, 3), st.integers(0, 2)), min_size=1, max_size=10
+    ),
     block_size=st.integers(1, 5),
 )
-def test_a_row_sees_earlier_clean_blocks_and_its_own_block_of_its_own_copy(
-    rows: list[tuple[int, int]], block_size: int
+def test_a_row_sees_earlier_clean_blocks_and_its_own_block_of_its_own_copy_and_document(
+    rows: list[tuple[int, int, int]], block_size: int
 ) -> None:
-    positions, copies = (torch.tensor([column]) for column in zip(*rows, strict=True))
-    visible = visibility(positions, copies, block_size)[0].tolist()
-    for q, (position_q, copy_q) in enumerate(rows):
-        for k, (position_k, copy_k) in enumerate(rows):
+    positions, copies, documents = (torch.tensor([column]) for column in zip(*rows, strict=True))
+    visible = visibility(positions, copies, block_size, documents)[0].tolist()
+    for q, (position_q, copy_q, document_q) in enumerate(rows):
+        for k, (position_k, copy_k, document_k) in enumerate(rows):
             block_q, block_k = position_q // block_size, position_k // block_size
-            if -1 in (copy_q, copy_k):
+            if -1 in (copy_q, copy_k) or document_q != document_k:
                 expected = q == k
             elif block_k == block_q:
                 expected = copy_k == copy_q

@@ -63,7 +63,7 @@ def run(model: TrainingModel, rows: SampleRows) -> tuple[torch.Tensor, torch.Ten
     batch = RowTensors.of(RowBatch.collate([rows, rows]))
     return model(
         batch.tokens, batch.positions, batch.copies, batch.target_rows, batch.targets,
-        model.transformer.config.sees_block,
+        model.transformer.config.sees_block, batch.documents,
     )  # fmt: skip
 
 
@@ -131,3 +131,44 @@ def test_the_row_before_is_clean_at_the_edge_of_a_block_and_a_neighbour_inside()
     size = batch.positions.shape[1]
     first = [3, 12, 13, 14, 7, 16, 17, 18, 7, 20, 21, 22]
     assert found == first + [row + size for row in first]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_documents_are_computed_as_they_are_alone(name: str, tmp_path: Path) -> None:
+    transformer, _ = load_model(write_small(tmp_path, CONFIGS[name]))
+    model, config = TrainingModel(transformer), transformer.config
+    documents = []
+    for shift, length in ((0, 16), (5, 8), (9, 12)):
+        tokens = np.roll(SEQUENCE, shift)[:length]
+        at = np.arange(length) % 3 == 1
+        rows = SampleRows.clean(tokens)
+        noisy = tokens if config.mask_token_id == NO_TOKEN else np.where(at, MASK, tokens)
+        rows.add_state(noisy, np.arange(length), np.where(at, tokens, NO_TARGET), at.astype(np.float32))
+        documents.append(rows.states_only() if config.attention_kind == "bidirectional" else rows)
+    alone = torch.cat([logprobs(model, [rows]) for rows in documents])
+    packed = logprobs(model, [SampleRows.pack(documents)])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    beside = logprobs(model, [SampleRows.pack(documents[1:]), SampleRows.pack(documents)])
+    torch.testing.assert_close(
+        beside, torch.cat((alone[-len(beside) + len(alone) :], alone)), rtol=1e-4, atol=1e-5
+    )
+
+
+def logprobs(model: TrainingModel, samples: list[SampleRows]) -> torch.Tensor:
+    batch = RowTensors.of(RowBatch.collate(samples))
+    with torch.no_grad():
+        logprob, _ = model(
+            batch.tokens, batch.positions, batch.copies, batch.target_rows, batch.targets,
+            model.transformer.config.sees_block, batch.documents,
+        )  # fmt: skip
+    return logprob
+
+
+def test_the_row_before_lies_in_its_own_document() -> None:
+    one, two = SampleRows.clean(np.arange(4)), SampleRows.clean(np.arange(8))
+    one.add_state(np.arange(4), np.arange(4), np.array([-1, 1, 2, 3]), np.ones(4, np.float32))
+    two.add_state(np.arange(8), np.arange(8), np.array([-1, *range(1, 8)]), np.ones(8, np.float32))
+    batch = RowTensors.of(RowBatch.collate([SampleRows.pack([one, two])]))
+    found = rows_before(batch.positions, batch.copies, batch.target_rows, 4, batch.documents).tolist()
+    # Clean rows 0-3 and 4-11, then the states' rows 12-15 and 16-23.
+    assert found == [12, 13, 14, 16, 17, 18, 7, 20, 21, 22]

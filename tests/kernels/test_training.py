@@ -38,7 +38,15 @@ def batch() -> RowTensors:
     targets = np.full((2, 24), NO_TARGET)
     targets[:, 12:] = np.where(tokens[:, 12:] == MASK, tokens[:, :12], NO_TARGET)
     return RowTensors.of(
-        RowBatch(tokens, positions, copies, targets, np.ones((2, 24), dtype=np.float32), extras={})
+        RowBatch(
+            tokens,
+            positions,
+            copies,
+            targets,
+            np.ones((2, 24), dtype=np.float32),
+            extras={},
+            documents=np.zeros((2, 24), int),
+        )
     )
 
 

@@ -26,7 +26,7 @@ def _sample(num_prompt: int = 5, length: int = 29) -> Sample:
 def _masked(seed: int, block_size: int = BLOCK, **changes: object) -> tuple[Sample, SampleRows]:
     sample = Sample.padded(np.arange(100, 129), 5, block_size, EOS)
     rows = SampleRows.clean(sample.tokens)
-    options = {"min_rate": 0.1, "complementary": True} | changes
+    options = {"rates": (0.1, 1.0), "complementary": True} | changes
     mask_states(sample, rows, block_size=block_size, mask_token=MASK, draws=generator("m", seed), **options)  # type: ignore[arg-type]
     return sample, rows
 
@@ -57,7 +57,7 @@ def test_prompt_is_never_masked_and_never_supervised(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_block_has_a_mask_in_the_first_state(seed: int) -> None:
-    _, rows = _masked(seed, min_rate=0.0)
+    _, rows = _masked(seed, rates=(0.0, 1.0))
     first = rows.copies == 1
     blocks = rows.positions[first] // BLOCK
     masked = rows.tokens[first] == MASK
@@ -68,7 +68,7 @@ def test_weights_integrate_to_one_over_t() -> None:
     """E over t ~ U(0.25, 1) of weight · masked share is the average of t · 1/t = 1 for every position."""
     total = np.zeros(32)
     for seed in range(2000):
-        _, rows = _masked(seed, min_rate=0.25, complementary=False)
+        _, rows = _masked(seed, rates=(0.25, 1.0), complementary=False)
         np.add.at(total, rows.positions, rows.weights)
     assert np.allclose(total[5:] / 2000, 1.0, atol=0.12)
 

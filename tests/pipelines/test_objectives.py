@@ -85,7 +85,7 @@ def _rows(advantage: list[float], old: list[float]) -> RowTensors:
     count = len(advantage)
     empty = torch.zeros(0, dtype=torch.int64)
     return RowTensors(
-        tokens=empty, positions=empty, copies=empty, target_rows=empty, targets=torch.zeros(count, dtype=torch.int64),
+        tokens=empty, positions=empty, copies=empty, documents=empty, target_rows=empty, targets=torch.zeros(count, dtype=torch.int64),
         weights=torch.full((count,), 1.0 / count),
         extras={"advantage": torch.tensor(advantage), "old_logprob": torch.tensor(old)},
     )  # fmt: skip

@@ -12,9 +12,10 @@ import torch
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.rows import NO_TARGET
-from fewstep.pipelines.pretrain import Batches, model_of, plan_step, run
+from fewstep.pipelines.curriculum import FamilyBatches, plan_step
+from fewstep.pipelines.pretrain import run
+from fewstep.pipelines.pretrain_start import find_start
 from fewstep.pipelines.settings import ModelSize, Phase, PretrainConfig
-from fewstep.pipelines.tasks.vocabulary import build_tokenizer
 from fewstep.platform.errors import ConfigError
 
 SMALL = PretrainConfig(
@@ -23,10 +24,15 @@ SMALL = PretrainConfig(
     checkpoint_every=3,
     warmup_steps=2,
     phases=(Phase(block_size=1, share=0.5), Phase(block_size=8, share=0.5)),
-    model=ModelSize(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    size=ModelSize(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                     intermediate_size=48, max_position_embeddings=128, block_size=8),
     trainer={"ema_decay": 0.9},
 )  # fmt: skip
+
+
+def family_batches(config: PretrainConfig) -> FamilyBatches:
+    start = find_start(config, None)
+    return FamilyBatches(config, start.model, start.tokenizer)
 
 
 def test_block_sizes_follow_the_phases_and_edits_come_last() -> None:
@@ -47,10 +53,10 @@ def test_rate_warms_up_holds_and_falls_to_zero() -> None:
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
-    tokenizer = build_tokenizer()
-    one, two = (Batches(SMALL, tokenizer).draw(4) for _ in range(2))
+    batches = family_batches(SMALL)
+    one, two = batches.draw(4), family_batches(SMALL).draw(4)
     assert all((a.tokens == b.tokens).all() for a, b in zip(one, two, strict=True))
-    other = Batches(SMALL, tokenizer).draw(5)
+    other = batches.draw(5)
     assert any(
         a.tokens.shape != b.tokens.shape or (a.tokens != b.tokens).any()
         for a, b in zip(one, other, strict=True)
@@ -59,8 +65,8 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
 
 def test_edits_add_a_state_without_masks() -> None:
     config = SMALL.model_copy(update={"edit_share": 0.5})
-    model = model_of(config, build_tokenizer())
-    early, late = (Batches(config, build_tokenizer()).draw(step) for step in (2, 5))
+    model = find_start(config, None).model
+    early, late = (family_batches(config).draw(step) for step in (2, 5))
     assert {sample.copies.max() for sample in early} == {1}
     for sample in late:
         last = sample.copies == sample.copies.max()

@@ -36,7 +36,7 @@ def test_a_run_begins_with_its_configuration_and_environment(tmp_path: Path) -> 
     client = open_client(uri, create=False)
     run = client.get_run(tracker.run_id)
     assert run.data.params["steps"] == "7"
-    assert run.data.params["model.hidden_size"] == "128"
+    assert run.data.params["size.hidden_size"] == "128"
     tags = run.data.tags
     assert tags["model.family"] == "block-diffusion"
     assert tags["mlflow.source.git.dirty"] in ("true", "false")
