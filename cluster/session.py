@@ -190,9 +190,9 @@ def _stop_local(before: set[int], grace_s: float = _GRACE_S) -> None:
     """Shut Ray down and make sure that every process begun since `before` was taken is gone."""
     import ray
 
-    started = _tree(set(_children(os.getpid())) - before)
+    started = process_tree(set(_children(os.getpid())) - before)
     ray.shutdown()
-    _end(started, grace_s)
+    end_processes(started, grace_s)
 
 
 @contextmanager
@@ -360,7 +360,7 @@ def _children(*parents: int) -> list[int]:
     return [pid for pid in pids if (stat := _stat(pid)) is not None and stat[0] in parents]
 
 
-def _tree(roots: set[int]) -> dict[int, str]:
+def process_tree(roots: set[int]) -> dict[int, str]:
     """The roots and all their descendants, each with its start time (a pid alone may be reused)."""
     found, edge = set(roots), set(roots)
     while edge:
@@ -377,7 +377,7 @@ def _alive(processes: Mapping[int, str]) -> list[int]:
     ]
 
 
-def _end(processes: Mapping[int, str], grace_s: float) -> None:
+def end_processes(processes: Mapping[int, str], grace_s: float) -> None:
     """Wait for processes to end by themselves, then kill the rest and reap our own children among them."""
     deadline = time.monotonic() + grace_s
     while (left := _alive(processes)) and time.monotonic() < deadline:

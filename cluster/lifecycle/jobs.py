@@ -1,7 +1,8 @@
 """`fewstep submit`, `logs`, `cancel`: jobs through Ray's job server, with this checkout's code as a wheel.
 
-A `working_dir` would not do: the nodes' own installed package would still be the one that is imported. A wheel in
-`py_modules` goes in front of it. A job given again goes on from its checkpoint.
+A `working_dir` would not do: the nodes' own installed package would still be the one that is imported. What is in
+`py_modules` goes in front of it. The wheel goes there unpacked: packed, Ray would let pip install it, with every dependency
+of it, and would take a wheel of the same version for the same code. A job given again goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +47,7 @@ def submit(config: SubmitConfig) -> None:
     state = load(config.folder)
     with _server(config) as client, tempfile.TemporaryDirectory() as folder:
         # Variables are the job's own matter: its session sets them, and Ray takes no variable from both.
-        environment = {"py_modules": [str(build_wheel(Path(folder)))]} if config.wheel else {}
+        environment = {"py_modules": [str(unpacked(build_wheel(Path(folder))))]} if config.wheel else {}
         # The resolved configuration travels in the command: the nodes need no file of this host.
         script = f"printf %s {shlex.quote(render_config(job))} > job.yaml && "
         entry = f"d=$(mktemp -d) && cd $d && {script}exec {shlex.quote(sys.executable)} -m fewstep {config.job} job.yaml --ray-address {state.address}"
@@ -98,6 +100,13 @@ def build_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
+def unpacked(wheel: Path) -> Path:
+    """The package folder of a wheel, beside it."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(wheel.parent)
+    return wheel.parent / "fewstep"
+
+
 @contextmanager
 def _server(config: ClusterFolder) -> Iterator[Any]:
     from ray.job_submission import JobSubmissionClient
@@ -131,6 +140,7 @@ def _follow(client: Any, name: str) -> None:
             print(text, end="", flush=True)
 
     asyncio.run(show())
-    status = str(client.get_job_status(name).value)
+    info = client.get_job_info(name)
+    status = str(info.status.value)
     if status != "SUCCEEDED":
-        raise ActorDied(f"job {name}", status.lower())
+        raise ActorDied(f"job {name}", f"{status.lower()}: {' '.join(str(info.message).split())}")

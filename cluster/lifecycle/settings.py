@@ -54,7 +54,7 @@ class SubmitConfig(ClusterFolder):
     overrides: tuple[str, ...] = ()
     """`key=value` over it."""
     wheel: bool = True
-    """Send this checkout's code along as a wheel; false = the nodes run what they have installed."""
+    """Send this checkout's code along, as its wheel has it; false = the nodes run what they have installed."""
     follow: bool = True
     """Show the job's output until it ends; Ctrl-C leaves the job running."""
 

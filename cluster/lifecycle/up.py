@@ -19,7 +19,7 @@ from pathlib import Path
 from fewstep.cluster.deploy import free_port
 from fewstep.cluster.lifecycle.settings import ClusterFolder, StatusConfig, UpConfig
 from fewstep.cluster.lifecycle.state import ClusterState, Member, forget, load, save, token_file
-from fewstep.cluster.session import WORKER_ENV, process_start
+from fewstep.cluster.session import WORKER_ENV, end_processes, process_start, process_tree
 from fewstep.platform.errors import ResourceError
 
 _READY_S = 120.0
@@ -196,11 +196,14 @@ def _stop(folder: Path, state: ClusterState) -> list[str]:
 same() {{ [ "$(cut -d ' ' -f 22 /proc/{member.pid}/stat 2> /dev/null)" = {member.started} ]; }}
 same || exit 0
 kill -TERM {member.pid}
-for _ in $(seq 100); do same || exit 0; sleep 0.2; done
-kill -KILL -- -{member.pid}
+for _ in $(seq 100); do same || break; sleep 0.2; done
+for stat in /proc/[0-9]*/stat; do
+  set -- $(sed 's/.*) //' "$stat" 2> /dev/null)
+  [ "${{4:-}}" != {member.pid} ] || kill -KILL "$(basename "$(dirname "$stat")")" 2> /dev/null || true
+done
 """
         try:
-            if _on(state.ssh, member.host, script).returncode not in (0,):
+            if _on(state.ssh, member.host, script).returncode:
                 lost.append(member.host)
         except ResourceError:
             lost.append(member.host)
@@ -218,23 +221,12 @@ def _alive(state: ClusterState, member: Member) -> bool:
 
 
 def _end_here(member: Member) -> None:
+    """Ends the head and everything it started; Ray's agents would follow only within a minute."""
     if process_start(member.pid) != member.started:
         return
+    everything = process_tree({member.pid})
     os.kill(member.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_S
-    while process_start(member.pid) == member.started and time.monotonic() < deadline:
-        _reap(member.pid)
-        time.sleep(0.1)
-    if process_start(member.pid) == member.started:
-        os.killpg(member.pid, signal.SIGKILL)
-        _reap(member.pid)
-
-
-def _reap(pid: int) -> None:
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return  # started by another command
+    end_processes(everything, _STOP_S)
 
 
 def _last_line(text: str) -> str:

@@ -224,7 +224,7 @@ def test_a_killed_replica_is_not_missed(client: OpenAI) -> None:
 
 def replicas() -> list[int]:
     """Processes of this session's replicas, by the title Ray Serve gives them."""
-    own = session._tree(set(session._children(os.getpid())))
+    own = session.process_tree(set(session._children(os.getpid())))
     titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in session._alive(own)}
     return sorted(pid for pid, title in titles.items() if title.startswith(b"ray::ServeReplica"))
 
@@ -241,7 +241,7 @@ def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
         httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
         listed = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
         assert [model["id"] for model in listed] == ["tiny", "embedded"]
-        started = session._tree({server.pid})
+        started = session.process_tree({server.pid})
         second = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         assert second.returncode == 2
         assert second.stderr.startswith(f"fewstep: error: 127.0.0.1:{port}: got a port in use")
@@ -267,7 +267,7 @@ def test_sigterm_finishes_what_was_accepted(folder: Path, tmp_path: Path) -> Non
     try:
         assert server.stdout is not None
         assert "/v1" in server.stdout.readline()
-        started = session._tree({server.pid})
+        started = session.process_tree({server.pid})
         with httpx.stream("POST", url, json={**LONG, "stream": True}, timeout=120) as response:
             pieces = response.iter_bytes()
             next(pieces)

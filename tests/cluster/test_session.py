@@ -50,9 +50,9 @@ def test_a_users_auth_mode_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_stubborn_process_is_killed() -> None:
     stubborn = subprocess.Popen(["sleep", "60"])
-    tree = session_module._tree({stubborn.pid})
+    tree = session_module.process_tree({stubborn.pid})
     assert set(tree) == {stubborn.pid}
-    session_module._end(tree, 0.2)
+    session_module.end_processes(tree, 0.2)
     assert session_module._stat(stubborn.pid) is None
     stubborn.wait()
 
@@ -60,7 +60,7 @@ def test_a_stubborn_process_is_killed() -> None:
 def test_a_reused_pid_is_not_killed() -> None:
     bystander = subprocess.Popen(["sleep", "60"])
     try:
-        session_module._end({bystander.pid: "1"}, 0.2)
+        session_module.end_processes({bystander.pid: "1"}, 0.2)
         assert bystander.poll() is None
     finally:
         bystander.kill()
@@ -77,7 +77,7 @@ def test_a_session_from_start_to_end() -> None:
 
     before = set(session_module._children(os.getpid()))
     with ray_session(2, need={"CPU": 2}) as session:
-        started = session_module._tree(set(session_module._children(os.getpid())) - before)
+        started = session_module.process_tree(set(session_module._children(os.getpid())) - before)
         folder = session.log_folder.parents[1]
         assert (folder / "token").stat().st_mode & 0o777 == 0o600
         seen = ray.get(look.remote())
@@ -133,7 +133,7 @@ def test_nothing_outlives_a_signalled_driver(number: signal.Signals, code: int) 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
         assert driver.stdout is not None
         logs = Path(driver.stdout.readline().strip())
-        started = session_module._tree({driver.pid})
+        started = session_module.process_tree({driver.pid})
         assert len(started) >= 5
         driver.send_signal(number)
         assert driver.wait(30) == code
@@ -146,7 +146,7 @@ def test_nothing_outlives_a_signalled_driver(number: signal.Signals, code: int) 
     if number == signal.SIGKILL:
         shutil.rmtree(logs.parents[1])
         # Ray gives its agents a minute; the test does not.
-        session_module._end({pid: started[pid] for pid in agents}, 0.0)
+        session_module.end_processes({pid: started[pid] for pid in agents}, 0.0)
     else:
         assert not logs.parents[1].exists()
 
