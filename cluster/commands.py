@@ -86,6 +86,12 @@ COMMANDS: dict[str, Command] = {
         ray_key="data",
         operands=("source",),
     ),
+    "distill": Command(
+        "train a model along the likeliest of its own orders of opening",
+        "fewstep.pipelines.distill_settings:DistillConfig",
+        "fewstep.pipelines.distill:run",
+        ray=True,
+    ),
     "export": Command(
         "write a trained model in Hugging Face layout, with a card made from its records",
         "fewstep.pipelines.export_settings:ExportConfig",
