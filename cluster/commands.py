@@ -73,7 +73,7 @@ COMMANDS: dict[str, Command] = {
         "fewstep.pipelines.prepare:run",
     ),
     "pretrain": Command(
-        "train a small block-diffusion model from scratch",
+        "train a model on masks and edits, from scratch or from a given one, on the family or a corpus",
         "fewstep.pipelines.settings:PretrainConfig",
         "fewstep.pipelines.pretrain:run",
         ray=True,
