@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from fewstep.actors.trainer import Metrics, TrainerGroup
@@ -25,10 +26,11 @@ from fewstep.pipelines.corpus import TOKENIZER, Corpus
 from fewstep.pipelines.corruption import EDIT_RATE_CAP, Sample, Tokens
 from fewstep.pipelines.curriculum import normalised, ordinary_ids
 from fewstep.pipelines.distill_settings import DistillConfig
+from fewstep.pipelines.free_orders import FreeOrders
 from fewstep.pipelines.models import pinned_model
-from fewstep.pipelines.order_pool import Order, fill_pool, read_pool
+from fewstep.pipelines.order_pool import Order, draw_orders, fill_pool, read_pool
 from fewstep.pipelines.progress import read_progress, write_progress
-from fewstep.pipelines.tasks.family import draw_pair
+from fewstep.pipelines.tasks.family import Specification, draw_specification, render_body
 from fewstep.pipelines.tasks.vocabulary import build_tokenizer, encode_pair
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
 from fewstep.platform.artifacts import atomic_folder, file_digest, weights_digest
@@ -69,15 +71,7 @@ def run(config: DistillConfig) -> None:
         tags={"machine.accelerator": accelerator(), "model.family": teacher.model.family, "model.source": teacher.address},
     )  # fmt: skip
     with tracked_run(plan) as tracker:
-        network, _ = load_model(teacher.folder)
-        fill_pool(
-            config.out / "pool",
-            network.float(),
-            lambda n: text_of(config, teacher, n),
-            config.pool,
-            config.seed,
-        )
-        del network
+        _fill(config, teacher)
         orders = read_pool(config.out / "pool")
         _log_data(tracker, config, teacher, orders)
         trainer = TrainerGroup(
@@ -139,12 +133,24 @@ def find_teacher(config: DistillConfig) -> Teacher:
     return Teacher(folder, address, model, tokenizer, corpus, fingerprint)
 
 
+def specification_of(config: DistillConfig, number: int) -> Specification:
+    """The task of the embedded family's training side that a sample is about."""
+    draws = generator("distill-task", config.seed, number)
+    while True:
+        specification = draw_specification(draws)
+        if not specification.held_out and specification.is_checkable():
+            return specification
+
+
 def text_of(config: DistillConfig, teacher: Teacher, number: int) -> Sample:
     """The text of a sample: a pair of the family, or the first learnable piece of a sequence of the corpus."""
     draws = generator("distill-text", config.seed, number)
     size, end = teacher.model.block_size, teacher.model.eos_token_id
     if teacher.corpus is None:
-        tokens, num_prompt = encode_pair(teacher.tokenizer, *draw_pair(draws))
+        specification = specification_of(config, number)
+        tokens, num_prompt = encode_pair(
+            teacher.tokenizer, specification.prompt, render_body(specification, draws)
+        )
         return Sample.padded(tokens, num_prompt, size, end)
     while True:
         pieces = teacher.corpus[int(draws.integers(len(teacher.corpus)))]
@@ -152,6 +158,26 @@ def text_of(config: DistillConfig, teacher: Teacher, number: int) -> Sample:
         num_prompt = max(piece.num_prompt, int(teacher.model.logit_shift))
         if num_prompt < len(piece.tokens):
             return Sample.padded(piece.tokens.astype(np.int64), num_prompt, size, end)
+
+
+def _fill(config: DistillConfig, teacher: Teacher) -> None:
+    """The pool, or what is left of it."""
+    network = load_model(teacher.folder, torch.float32)[0]
+
+    def forced(number: int) -> list[Order]:
+        return draw_orders(network, text_of(config, teacher, number), number, config.pool, config.seed)
+
+    if not config.pool.num_free:
+        fill_pool(config.out / "pool", forced, config.pool)
+        return
+    # An engine lays out its weights for itself, so it has a copy of its own.
+    own = load_model(teacher.folder, torch.float32)[0]
+    with FreeOrders(own, teacher.tokenizer, config.pool, config.seed) as free:
+        fill_pool(
+            config.out / "pool",
+            lambda number: forced(number) + free.draw(specification_of(config, number).task(), number),
+            config.pool,
+        )
 
 
 def transition(

@@ -19,6 +19,13 @@ class PoolConfig(Config):
     """Orders drawn for each."""
     temperature: float = Field(default=0.5, ge=0.0)
     """Gumbel noise on the log-confidence that says what opens next; 0 = all orders of a sample are the same."""
+    num_free: int = Field(default=0, ge=0)
+    """Answers generated freely for each pair of the embedded family; the right ones join its orders. Not for a corpus,
+    whose texts nothing verifies."""
+    free_temperature: float = Field(default=0.6, ge=0.0, le=2.0)
+    """Of the free answers."""
+    free_tokens: int = Field(default=80, ge=1)
+    """Longest free answer."""
     threshold: float = Field(default=0.9, gt=0.0, le=1.0)
     """Positions of at least this confidence open together; one a block opens in any case."""
     keep_share: float = Field(default=0.25, gt=0.0, le=1.0)
@@ -62,4 +69,6 @@ class DistillConfig(Config):
     def _every_rank_has_orders(self) -> DistillConfig:
         if self.batch_size < self.trainer.num_ranks:
             raise ValueError("batch_size must be at least trainer.num_ranks")
+        if self.data and self.pool.num_free:
+            raise ValueError("pool.num_free must be 0 with data: nothing verifies answers to a corpus")
         return self

@@ -110,13 +110,11 @@ def best_orders(orders: Sequence[Order], keep_share: float) -> list[Order]:
     return ranked[: max(1, round(len(ranked) * keep_share))]
 
 
-def fill_pool(
-    folder: Path, model: Transformer, text_of: Callable[[int], Sample], config: PoolConfig, seed: int
-) -> None:
+def fill_pool(folder: Path, candidates: Callable[[int], Sequence[Order]], config: PoolConfig) -> None:
     """Draw and keep orders of all samples, a file for every few of them; files that are there are left alone.
 
     Args:
-        text_of: the sample of a number.
+        candidates: the orders of a sample, of which the best are kept; a function of its number alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = range(0, config.num_samples, SAMPLES_PER_PART)
@@ -126,7 +124,7 @@ def fill_pool(
             continue
         kept: list[Order] = []
         for sample in range(first, min(first + SAMPLES_PER_PART, config.num_samples)):
-            kept += best_orders(draw_orders(model, text_of(sample), sample, config, seed), config.keep_share)
+            kept += best_orders(candidates(sample), config.keep_share)
         with atomic_file(path) as temporary:
             pq.write_table(_table(kept), temporary)
         score = sum(order.score for order in kept) / len(kept)

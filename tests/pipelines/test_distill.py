@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ import pytest
 import torch
 from bench.small_checkpoints import CONFIGS, MASK, write_small
 
+from fewstep.actors.verifier import LocalVerifier
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.attention import visibility
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.transformer import Transformer, masked_attention
 from fewstep.kernels.rows import NO_TARGET
 from fewstep.pipelines.corruption import Sample
-from fewstep.pipelines.distill import run, transition
+from fewstep.pipelines.distill import find_teacher, run, specification_of, transition
 from fewstep.pipelines.distill_settings import DistillConfig, PoolConfig
+from fewstep.pipelines.free_orders import FreeOrders
 from fewstep.pipelines.order_pool import Order, best_orders, draw_orders, fill_pool, read_pool
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.rng import generator
@@ -33,8 +36,9 @@ def small(name: str, folder: Path) -> Transformer:
     return model
 
 
-def plain_score(model: Transformer, order: Order) -> float:
-    """The path bound by its definition: block by block, one whole forward a step, clean tokens before the block."""
+def plain_score(model: Transformer, order: Order, end: int | None = None) -> float:
+    """The path bound by its definition: block by block, one whole forward a step, clean tokens before the block;
+    positions from `end` on do not count."""
     size, total, count = model.config.block_size, 0.0, 0
     positions = torch.arange(len(order.tokens))[None]
     attention = masked_attention(visibility(positions, torch.zeros_like(positions), size))
@@ -45,7 +49,7 @@ def plain_score(model: Transformer, order: Order) -> float:
             tokens[own[order.step[own] >= step]] = MASK
             with torch.no_grad():
                 logits = model.logits(model(torch.from_numpy(tokens)[None], positions, attention))[0]
-            for position in own[order.step[own] == step]:
+            for position in own[(order.step[own] == step) & (own < (end or len(order.tokens)))]:
                 row = position - 1 if model.config.logit_shift else position
                 total += float(logits[row].log_softmax(-1)[order.tokens[position]])
                 count += 1
@@ -91,17 +95,46 @@ def test_an_interrupted_pool_is_filled_up_to_the_same_bytes(
 ) -> None:
     monkeypatch.setattr("fewstep.pipelines.order_pool.SAMPLES_PER_PART", 1)
     model = small("sdar", tmp_path / "model")
-    fill_pool(tmp_path / "pool", model, lambda _: TEXT, POOL, 3)
+
+    def candidates(sample: int) -> list[Order]:
+        return draw_orders(model, TEXT, sample, POOL, 3)
+
+    fill_pool(tmp_path / "pool", candidates, POOL)
     parts = sorted((tmp_path / "pool").glob("*.parquet"))
     whole = [part.read_bytes() for part in parts]
     parts[1].unlink()
     untouched = parts[0].stat().st_mtime_ns
-    fill_pool(tmp_path / "pool", model, lambda _: TEXT, POOL, 3)
+    fill_pool(tmp_path / "pool", candidates, POOL)
     assert [part.read_bytes() for part in parts] == whole
     assert parts[0].stat().st_mtime_ns == untouched
     kept = read_pool(tmp_path / "pool")
     assert [order.sample for order in kept] == [0, 0, 1, 1, 2, 2]
     assert all((order.tokens == TEXT.tokens).all() for order in kept)
+
+
+def test_right_answers_of_the_models_own_become_orders(tmp_path: Path) -> None:
+    config = DistillConfig(pool=PoolConfig(num_orders=2, num_free=3, free_temperature=0.0))
+    teacher = find_teacher(config)
+    model, tokenizer = load_model(teacher.folder, torch.float32)
+    plain, _ = load_model(teacher.folder, torch.float32)
+    with FreeOrders(model, tokenizer, config.pool, 0) as free, LocalVerifier() as verifier:
+        tasks = [specification_of(config, number).task() for number in range(6)]
+        drawn = [free.draw(task, number) for number, task in enumerate(tasks)]
+        wrong = replace(
+            tasks[0], check=replace(tasks[0].check, expected=tuple([7] for _ in tasks[0].check.expected))
+        )
+        assert free.draw(wrong, 0) == []
+        assert sum(map(len, drawn)) >= 9
+        for task, orders in zip(tasks, drawn, strict=True):
+            for order in orders:
+                assert order.number >= config.pool.num_orders
+                assert len(order.tokens) % teacher.model.block_size == 0
+                answer = order.tokens[order.num_prompt :].tolist()
+                text = tokenizer.decode(answer[: answer.index(teacher.model.eos_token_id)])
+                assert verifier.verify([(task, text)])[0].passed
+                # What was filled in behind the end, nobody chose, so it has no score.
+                end = order.num_prompt + answer.index(teacher.model.eos_token_id) + 1
+                assert order.score == pytest.approx(plain_score(plain, order, end), abs=5e-3)
 
 
 @pytest.mark.parametrize("corrupt_share", [0.0, 1.0])
@@ -150,7 +183,7 @@ def test_a_bidirectional_model_and_foreign_data_are_refused(tmp_path: Path) -> N
 @pytest.mark.ray
 def test_an_interrupted_job_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     config = DistillConfig.model_validate(
-        {"out": tmp_path / "run", "pool": {"num_samples": 4, "num_orders": 2}, "steps": 4, "batch_size": 2,
+        {"out": tmp_path / "run", "pool": {"num_samples": 4, "num_orders": 2, "num_free": 1}, "steps": 4, "batch_size": 2,
          "checkpoint_every": 2, "warmup_steps": 1, "decay_share": 0.0, "trainer": {"precision": "fp32"}}
     )  # fmt: skip
     with ray_session(num_cpus=1):
