@@ -172,7 +172,7 @@ def _fill(config: DistillConfig, teacher: Teacher) -> None:
         return
     # An engine lays out its weights for itself, so it has a copy of its own.
     own = load_model(teacher.folder, torch.float32)[0]
-    with FreeOrders(own, teacher.tokenizer, config.pool, config.seed) as free:
+    with FreeOrders(own, network, teacher.tokenizer, config.pool, config.seed) as free:
         fill_pool(
             config.out / "pool",
             lambda number: forced(number) + free.draw(specification_of(config, number).task(), number),

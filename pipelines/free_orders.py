@@ -15,7 +15,7 @@ from fewstep.actors.verifier import LocalVerifier
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.pipelines.distill_settings import PoolConfig
 from fewstep.pipelines.estimators import slices
-from fewstep.pipelines.order_pool import Order
+from fewstep.pipelines.order_pool import Order, path_bound
 from fewstep.platform.records import DecodePolicy, Task, Trajectory, WeightVersion
 from fewstep.platform.rng import derive_seed
 
@@ -24,17 +24,19 @@ class FreeOrders:
     """Draws answers of tasks and gives the orders of the right ones; owns an engine and a sandbox, no Ray.
 
     Args:
-        model: the engine's from here on.
+        model: the engine's from here on; judge: the same weights, for the scores.
         seed: of the run; each answer's is keyed by (seed, sample, number).
 
     Raises:
         ResourceError: the host cannot isolate.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: PoolConfig, seed: int) -> None:
+    def __init__(
+        self, model: Transformer, judge: Transformer, tokenizer: Tokenizer, config: PoolConfig, seed: int
+    ) -> None:
         version = WeightVersion("distill", 0, "")
         self._engine = Engine(model, tokenizer, max_sequences=config.num_free or 1, weight_version=version)
-        self._verifier = LocalVerifier()
+        self._verifier, self._judge = LocalVerifier(), judge
         self._tokenizer, self._config, self._seed = tokenizer, config, seed
 
     def __enter__(self) -> Self:
@@ -54,7 +56,7 @@ class FreeOrders:
         answers = [(task, self._engine.text_of(trajectory)) for trajectory in trajectories]
         verdicts = self._verifier.verify(answers)
         return [
-            order_of(trajectory, sample, self._config.num_orders + number, self._engine.config.block_size)
+            order_of(trajectory, sample, self._config.num_orders + number, self._judge)
             for number, (trajectory, verdict) in enumerate(zip(trajectories, verdicts, strict=True))
             if verdict.passed and is_whole(trajectory)
         ]
@@ -73,11 +75,13 @@ def is_whole(trajectory: Trajectory) -> bool:
     return trajectory.finish_reason == "stop" and bool((trajectory.step_map >= 0).all())
 
 
-def order_of(trajectory: Trajectory, sample: int, number: int, block_size: int) -> Order:
-    """A recorded answer as an order; its path bound is over the tokens that the model chose."""
-    found = slices(trajectory, block_size)
+def order_of(trajectory: Trajectory, sample: int, number: int, judge: Transformer) -> Order:
+    """A recorded answer as an order. It is scored anew: the record has no probability of what was filled in behind the
+    end, and the other orders' scores count that, too."""
+    found = slices(trajectory, judge.config.block_size)
     start = int(found.positions[0])
     tokens = np.concatenate((trajectory.prompt_ids[:start].astype(np.int64), found.tokens))
     step = np.concatenate((np.full(start, -1, np.int64), found.local_step))
-    score = float(found.logprob[found.chosen].mean())
-    return Order(sample, number, tokens, len(trajectory.prompt_ids), step, score, found.num_rounds)
+    num_prompt = len(trajectory.prompt_ids)
+    score = path_bound(judge, tokens, num_prompt, step)
+    return Order(sample, number, tokens, num_prompt, step, score, found.num_rounds)

@@ -104,6 +104,30 @@ def draw_orders(model: Transformer, text: Sample, sample: int, config: PoolConfi
     ]  # fmt: skip
 
 
+@torch.inference_mode()
+def path_bound(
+    model: Transformer, tokens: NDArray[np.int64], num_prompt: int, step: NDArray[np.int64]
+) -> float:
+    """The score of a given order, as `draw_orders` scores its own; arguments as in `Order`."""
+    size = model.config.block_size
+    start = num_prompt // size * size
+    clean, opens = torch.from_numpy(tokens), torch.from_numpy(step[start:])
+    own = torch.arange(start, len(clean))
+    positions = torch.cat((torch.arange(len(clean)), own))[None]
+    copies = torch.cat((torch.zeros(len(clean), dtype=torch.int64), torch.ones_like(own)))[None]
+    attention = masked_attention(visibility(positions, copies, size))
+    total = 0.0
+    for round_ in range(int(opens.max()) + 1):
+        state = torch.where(opens >= round_, model.config.mask_token_id, clean[start:])
+        rows = (opens == round_)[None].nonzero()
+        logits = _logits(
+            model, torch.cat((clean, state))[None], positions, copies, attention, rows, len(clean)
+        )
+        logprobs = logits.float().log_softmax(-1)
+        total += float(logprobs.gather(1, clean[start:][opens == round_][:, None]).sum())
+    return total / (len(clean) - num_prompt)
+
+
 def best_orders(orders: Sequence[Order], keep_share: float) -> list[Order]:
     """The share of the highest path bound, at least one; among equals the one with fewer steps, then the earlier."""
     ranked = sorted(orders, key=lambda order: (-round(order.score, 6), order.num_steps, order.number))

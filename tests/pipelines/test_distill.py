@@ -36,9 +36,8 @@ def small(name: str, folder: Path) -> Transformer:
     return model
 
 
-def plain_score(model: Transformer, order: Order, end: int | None = None) -> float:
-    """The path bound by its definition: block by block, one whole forward a step, clean tokens before the block;
-    positions from `end` on do not count."""
+def plain_score(model: Transformer, order: Order) -> float:
+    """The path bound by its definition: block by block, one whole forward a step, clean tokens before the block."""
     size, total, count = model.config.block_size, 0.0, 0
     positions = torch.arange(len(order.tokens))[None]
     attention = masked_attention(visibility(positions, torch.zeros_like(positions), size))
@@ -49,7 +48,7 @@ def plain_score(model: Transformer, order: Order, end: int | None = None) -> flo
             tokens[own[order.step[own] >= step]] = MASK
             with torch.no_grad():
                 logits = model.logits(model(torch.from_numpy(tokens)[None], positions, attention))[0]
-            for position in own[(order.step[own] == step) & (own < (end or len(order.tokens)))]:
+            for position in own[order.step[own] == step]:
                 row = position - 1 if model.config.logit_shift else position
                 total += float(logits[row].log_softmax(-1)[order.tokens[position]])
                 count += 1
@@ -117,7 +116,7 @@ def test_right_answers_of_the_models_own_become_orders(tmp_path: Path) -> None:
     teacher = find_teacher(config)
     model, tokenizer = load_model(teacher.folder, torch.float32)
     plain, _ = load_model(teacher.folder, torch.float32)
-    with FreeOrders(model, tokenizer, config.pool, 0) as free, LocalVerifier() as verifier:
+    with FreeOrders(model, plain, tokenizer, config.pool, 0) as free, LocalVerifier() as verifier:
         tasks = [specification_of(config, number).task() for number in range(6)]
         drawn = [free.draw(task, number) for number, task in enumerate(tasks)]
         wrong = replace(
@@ -132,9 +131,7 @@ def test_right_answers_of_the_models_own_become_orders(tmp_path: Path) -> None:
                 answer = order.tokens[order.num_prompt :].tolist()
                 text = tokenizer.decode(answer[: answer.index(teacher.model.eos_token_id)])
                 assert verifier.verify([(task, text)])[0].passed
-                # What was filled in behind the end, nobody chose, so it has no score.
-                end = order.num_prompt + answer.index(teacher.model.eos_token_id) + 1
-                assert order.score == pytest.approx(plain_score(plain, order, end), abs=5e-3)
+                assert order.score == pytest.approx(plain_score(plain, order), rel=1e-3)
 
 
 @pytest.mark.parametrize("corrupt_share", [0.0, 1.0])
