@@ -85,7 +85,7 @@ COMMANDS: dict[str, Command] = {
         "fewstep.pipelines.prepare:run",
     ),
     "pretrain": Command(
-        "train a small block-diffusion model from scratch",
+        "train a model on masks and edits, from scratch or from a given one, on the family or a corpus",
         "fewstep.pipelines.settings:PretrainConfig",
         "fewstep.pipelines.pretrain:run",
         ray=True,
@@ -97,6 +97,12 @@ COMMANDS: dict[str, Command] = {
         ray=True,
         ray_key="data",
         operands=("source",),
+    ),
+    "distill": Command(
+        "train a model along the likeliest of its own orders of opening",
+        "fewstep.pipelines.distill_settings:DistillConfig",
+        "fewstep.pipelines.distill:run",
+        ray=True,
     ),
     "export": Command(
         "write a trained model in Hugging Face layout, with a card made from its records",
