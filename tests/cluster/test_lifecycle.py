@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import zipfile
 from pathlib import Path
@@ -25,6 +26,7 @@ def say(hosts: Hosts, *words: str, code: int = 0) -> str:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
+@pytest.mark.skipif("FEWSTEP_HOSTS" not in os.environ, reason="takes minutes: set FEWSTEP_HOSTS=1")
 def test_a_cluster_of_two_hosts_from_up_to_down(tmp_path: Path) -> None:
     with open_hosts(2) as hosts:
         folder = f"folder={tmp_path / 'cluster'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,11 @@ import pytest
 from tests.cluster.hosts import PORT, Hosts, open_hosts
 from tests.cluster.redis_server import redis_server
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif("FEWSTEP_HOSTS" not in os.environ, reason="takes minutes: set FEWSTEP_HOSTS=1"),
+]
 
 REFINE = [
     "refine", "steps=8", "checkpoint_every=4", "prompts_per_step=8", "group_size=2", "num_eval_tasks=8", "num_replicas=2",
