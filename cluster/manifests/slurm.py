@@ -44,7 +44,8 @@ def sbatch(config: ManifestConfig, job_yaml: str) -> str:
         job_yaml.rstrip("\n"),
         "FEWSTEP_JOB",
         "",
-        'head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+        # sed and not head, whose early end would break scontrol's pipe and with it this script.
+        'head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"',
         f'address="$head:{slurm.port}"',
         'srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \\',
         f'  ray symmetric-run --address "$address" --min-nodes "$SLURM_NNODES" {resources} -- \\',
