@@ -14,6 +14,9 @@ from fewstep.pipelines.tracked_run import CONFIG_FILE
 from fewstep.platform.config import read_mapping
 
 CONVERSION, MODEL = "conversion.json", "model"
+Kind = Literal["pretrain", "distill", "refine", "convert"]
+# A key of its configuration that no other job has.
+_TELLING: dict[str, Kind] = {"phases": "pretrain", "pool": "distill", "objective": "refine"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Stage:
         record: its report and history.
     """
 
-    kind: Literal["pretrain", "refine", "convert"]
+    kind: Kind
     folder: Path
     source: str
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +66,9 @@ def _stage(model: Path, converted: bool) -> Stage | None:
     run = model.parent
     if model.name == MODEL and (run / CONFIG_FILE).is_file():
         values = read_mapping(run / CONFIG_FILE)
-        kind: Literal["pretrain", "refine"] = "pretrain" if "phases" in values else "refine"
+        kind = next((kind for key, kind in _TELLING.items() if key in values), None)
+        if kind is None:
+            return None
         corpus = Path(str(values.get("data") or "")) / MANIFEST
         return Stage(
             kind, run, str(values.get("model") or ""), values,

@@ -13,6 +13,8 @@ from fewstep.pipelines.frontier_table import render_table
 from fewstep.pipelines.lineage import Stage
 from fewstep.platform.records import FrontierPoint
 
+_ON_TEXTS = ("pretrain", "distill")
+
 
 def model_card(
     name: str,
@@ -65,17 +67,17 @@ def _use(name: str) -> str:
 def _data(stages: Sequence[Stage]) -> str:
     lines = []
     for stage in reversed(stages):
-        if stage.kind == "pretrain" and stage.corpus:
+        if stage.kind in _ON_TEXTS and stage.corpus:
             corpus = stage.corpus
             lines.append(
                 f"- {stage.folder.name}: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens"
                 f" ({corpus['num_bad_rows']:,} bad rows left out), digest `{corpus['digest'][:16]}`"
             )
-        elif stage.kind == "pretrain" and not stage.config.get("data"):
+        elif stage.kind in _ON_TEXTS and not stage.config.get("data"):
             lines.append(
                 f"- {stage.folder.name}: generated pairs of Fewstep's embedded family of list functions"
             )
-        elif stage.kind == "pretrain":
+        elif stage.kind in _ON_TEXTS:
             lines.append(
                 f"- {stage.folder.name}: a prepared corpus that is no longer at {stage.config['data']}"
             )
@@ -107,6 +109,12 @@ def _stage(stage: Stage) -> str:
             f"**pretrain**: {config['steps']} steps of {config['batch_size']} samples, block sizes {phases}; edits in the"
             f" last {config['edit_share']:.0%}; seed {config['seed']}{end}"
         )
+    if stage.kind == "distill":
+        pool = config["pool"]
+        return (
+            f"**distill**: {config['steps']} steps of {config['batch_size']} orders of opening, the likeliest"
+            f" {pool['keep_share']:.0%} of {pool['num_orders']} for each of {pool['num_samples']} texts; seed {config['seed']}"
+        )
     report: Mapping[str, Any] = stage.record.report if stage.record is not None else {}
     steps = report.get("steps", config["steps"])
     return f"**refine**: {steps} on-policy steps, objective `{config['objective']}`, seed {config['seed']}"
@@ -133,13 +141,23 @@ def _frontier(stages: Sequence[Stage]) -> str:
     )
 
 
+def _on_family(stage: Stage) -> bool:
+    """Whether a stage trained, or was judged, on the embedded family of tasks."""
+    if stage.kind == "convert":
+        return False
+    if stage.kind != "refine":
+        return not stage.config.get("data")
+    tasks = stage.config.get("tasks") or "family"
+    return (tasks if isinstance(tasks, str) else tasks["name"]) == "family"
+
+
 def _limits(config: ModelConfig, stages: Sequence[Stage]) -> str:
     lines = [f"- At most {config.max_position_embeddings:,} positions, prompt and answer together."]
     if config.attention_kind == "block_causal":
         lines.append(
             f"- Trained at block size {config.block_size}; another one at inference is not what it has learned."
         )
-    if any(stage.kind != "convert" and not stage.config.get("data") for stage in stages):
+    if any(_on_family(stage) for stage in stages):
         lines.append(
             "- Judged, or trained, on one family of small list functions; it says nothing of other tasks."
         )

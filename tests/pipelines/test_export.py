@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from fewstep.kernels.model.checkpoint import embedded_model, load_model, state_checksum
 from fewstep.pipelines.convert import convert_model
+from fewstep.pipelines.distill_settings import DistillConfig
 from fewstep.pipelines.export import run
 from fewstep.pipelines.export_settings import ExportConfig
 from fewstep.pipelines.settings import PretrainConfig
@@ -92,3 +93,17 @@ def test_a_model_without_records_says_so_and_out_must_be_apart(tmp_path: Path) -
     assert card.count("Unknown") == 2
     assert "# Small\n" in card
     assert "license:" not in card
+
+
+def test_the_card_names_a_distillation_and_its_pool(tmp_path: Path) -> None:
+    folder = tmp_path / "distilled"
+    shutil.copytree(embedded_model(), folder / "model")
+    (folder / "config.yaml").write_text(render_config(DistillConfig(steps=9, seed=4)))
+    run(ExportConfig(path=str(folder), out=tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "1. **distill**: 9 steps of 32 orders of opening, the likeliest 25% of 8 for each of 1024 texts; seed 4"
+        in card
+    )
+    assert "generated pairs of Fewstep's embedded family" in card
+    assert "list functions; it says nothing of other tasks" in card
