@@ -6,7 +6,8 @@ learning rate is 1e-12, so every window rolls out the same tasks with the same w
 the same work. A tracked window lasts until its records are in the store, though in a run the next step hides that.
 
 Writes bench/results/tracking-overhead.json: the median over pairs of (tracked / untracked - 1), with quartiles, and the
-processor time of the delivering thread by step, which other work on the machine does not change.
+processor time of the delivering thread by step, which other work on the machine does not change; and the sentence in
+docs/tracking.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -51,6 +53,8 @@ from fewstep.platform.system_metrics import HostSampler, SystemMetrics
 from fewstep.platform.tracking import MemoryTracker
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tracking-overhead.json"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "tracking.md"
+BEGIN, END = "<!-- overhead:begin -->", "<!-- overhead:end -->"
 GOAL = 0.01
 
 
@@ -131,7 +135,7 @@ def courier_seconds() -> float:
     return sum(t.user_time + t.system_time for t in psutil.Process().threads() if t.id == native)
 
 
-def measure(steps: int, pairs: int, folder: Path) -> dict[str, object]:
+def measure(steps: int, pairs: int, folder: Path) -> dict[str, Any]:
     """Windows in turns, after one of each that is not counted."""
     off, on, delivery = [], [], []
     with opened(steps, folder) as bench:
@@ -175,6 +179,28 @@ def measure(steps: int, pairs: int, folder: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
+def sentence(result: Mapping[str, Any]) -> str:
+    """The result in words, for docs/tracking.md."""
+    machine, settings = result["machine"], result["settings"]
+    low, high = result["quartiles"]
+    return (
+        f"A step of the demo's refinement takes {result['step_seconds_untracked']:.3f} s untracked and"
+        f" {result['step_seconds_tracked']:.3f} s tracked: {100 * result['value']:.2f} % more in the median of"
+        f" {settings['pairs']} pairs (quartiles {100 * low:.2f} and {100 * high:.2f} %; goal: below {100 * GOAL:g} %). Its thread uses"
+        f" {1000 * result['delivery_cpu_seconds_per_step']:.1f} ms of processor time a step,"
+        f" {100 * result['delivery_cpu_share_of_a_step']:.2f} % of it. {machine['cpu']}, {machine['cores']} cores; a checkpoint every"
+        f" {settings['steps_per_window']} steps; commit `{result['commit'][:12]}`."
+    )
+
+
+def fill_docs(result: Mapping[str, Any]) -> None:
+    """Puts the result between the marks of docs/tracking.md."""
+    text = DOCS.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    atomic_write_text(DOCS, f"{before}{BEGIN}\n{sentence(result)}\n{END}{after}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=10, help="steps of a window")
@@ -186,9 +212,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fewstep-overhead-") as folder:
         result = measure(arguments.steps, arguments.pairs, Path(folder))
     atomic_write_text(arguments.out, json.dumps(result, indent=2) + "\n")
+    if arguments.out == RESULTS:
+        fill_docs(result)
     print(
-        f"tracking costs {100 * float(str(result['value'])):.2f} % of a step; its thread "
-        f"{1000 * float(str(result['delivery_cpu_seconds_per_step'])):.1f} ms of processor time; wrote {arguments.out}"
+        f"tracking costs {100 * result['value']:.2f} % of a step; its thread "
+        f"{1000 * result['delivery_cpu_seconds_per_step']:.1f} ms of processor time; wrote {arguments.out}"
     )
     return 0
 
