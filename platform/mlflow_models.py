@@ -148,7 +148,7 @@ def _pack(packed: Path, logged: Any, run_id: str, model: TrackedModel, checksum:
             "step": model.step,
             "dataset": model.dataset,
             **model.facts,
-            DIGEST: weights_digest(model.folder),
+            DIGEST: checksum or weights_digest(model.folder),
         },
         mlflow_model=models.Model(
             artifact_path=logged.artifact_location,
