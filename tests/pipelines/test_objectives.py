@@ -209,7 +209,7 @@ def _coupled_rows() -> tuple[RowTensors, torch.Tensor]:
     advantage = torch.tensor([1.0] * 6 + [-0.5] * 6)
     weights = torch.tensor(([0.1] * 3 + [0.0] * 3) * 2)
     rows = RowTensors(
-        tokens=positions, positions=positions, copies=torch.zeros_like(positions),
+        tokens=positions, positions=positions, copies=torch.zeros_like(positions), documents=torch.zeros_like(positions),
         target_rows=torch.arange(12), targets=torch.zeros(12, dtype=torch.int64), weights=weights,
         extras={
             "share": share, "advantage": advantage, "old_logprob": -torch.linspace(0.2, 1.3, 12),
