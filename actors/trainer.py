@@ -196,7 +196,7 @@ class TrainerRank:
             with torch.no_grad():
                 values, _ = model(
                     rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
-                    self._config.sees_block,
+                    self._config.sees_block, rows.documents,
                 )  # fmt: skip
             flat = np.zeros(rows.tokens.numel(), np.float32)
             flat[rows.target_rows.numpy()] = values.float().numpy()
