@@ -19,7 +19,7 @@ _ANSWER_S = 5.0
 
 
 def check_access(host: str, keys: Path | None) -> None:
-    """Raise a ConfigError unless `host` is loopback or a file with at least one key is given."""
+    """Raise a ConfigError unless `host` is loopback or a file with at least one key is given; for no host, too."""
     from fewstep.actors.serving.keys import read_keys
 
     if keys is not None:
@@ -33,7 +33,11 @@ def check_access(host: str, keys: Path | None) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    addresses = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    try:
+        entries = socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ConfigError("host", f"{host}: {error.strerror or error}", "an address", "correct it") from error
+    addresses = {str(entry[4][0]).partition("%")[0] for entry in entries}
     return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
@@ -56,16 +60,19 @@ def ending() -> Iterator[threading.Event]:
 def drain(seconds: float) -> int:
     """Have every replica refuse what is new, and wait until it has answered the rest; how many requests are left."""
     from ray import serve
-    from ray.exceptions import RayError
 
     from fewstep.actors.serving.replica import APPLICATION
 
     deadline, left = time.monotonic() + seconds, 0
     handle = serve.get_app_handle(APPLICATION)
     while True:
-        answers = handle.broadcast("drain").results(timeout_s=_ANSWER_S, return_exceptions=True)
-        # One that has died in the meantime has nothing left to finish.
-        left = sum(answer for answer in answers if not isinstance(answer, RayError))
+        try:
+            answers = handle.broadcast("drain").results(timeout_s=_ANSWER_S, return_exceptions=True)
+        except TimeoutError:
+            answers = [TimeoutError()]
+        # One that has died in the meantime has nothing left to finish; one that is late has, as far as anybody knows.
+        late = sum(isinstance(answer, TimeoutError) for answer in answers)
+        left = late + sum(int(answer) for answer in answers if not isinstance(answer, Exception))
         if left == 0 or time.monotonic() > deadline:
             return left
         time.sleep(_ASK_S)

@@ -7,12 +7,15 @@ module free of torch, Ray and MLflow, so that parsing and `--help` stay instant.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fewstep.platform.config import Config
+from fewstep.platform.config import Config, load_config
+from fewstep.platform.errors import ConfigError
+from fewstep.platform.registry import nearest
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Command:
         summary: one line for `fewstep --help`.
         config: `module:Class`, a subclass of `Config`; imports no torch, Ray or MLflow.
         run: `module:function`, called with one instance of that class.
-        ray: the job needs Ray. One is started for it and ends with it, unless it is told to join another.
-        ray_key: the key without whose value the job needs no Ray after all; "" = it always does.
+        ray: the job is one of a cluster. A Ray is started for it and ends with it, unless it is told to join another.
+        needs_ray: whether a job of that configuration does use it.
         operands: keys that bare words on the command line set, in order, such as `PATH` of `fewstep inspect PATH`; with
             none a bare word is the configuration file.
         plan: `module:function`, called with the configuration after a dry run has printed it; empty = nothing to add.
@@ -34,7 +37,7 @@ class Command:
     config: str
     run: str
     ray: bool = False
-    ray_key: str = ""
+    needs_ray: Callable[[Any], bool] = lambda _config: True
     operands: tuple[str, ...] = ()
     plan: str = ""
 
@@ -64,8 +67,7 @@ class Command:
     def _session(
         self, config: Config, ray_address: str | None, ray_cpus: int | None
     ) -> AbstractContextManager[Any]:
-        needed = self.ray and (not self.ray_key or bool(getattr(config, self.ray_key)))
-        if not needed or getattr(config, "in_process", False):
+        if not (self.ray and self.needs_ray(config)):
             return nullcontext()
         # Late, so that a command that needs no Ray does not read its module.
         from fewstep.cluster.session import ray_session
@@ -95,7 +97,7 @@ COMMANDS: dict[str, Command] = {
         "fewstep.pipelines.settings:ConvertConfig",
         "fewstep.pipelines.convert:run",
         ray=True,
-        ray_key="data",
+        needs_ray=lambda config: bool(config.data),
         operands=("source",),
     ),
     "distill": Command(
@@ -115,6 +117,7 @@ COMMANDS: dict[str, Command] = {
         "fewstep.pipelines.settings:RefineConfig",
         "fewstep.pipelines.refine_job:command",
         ray=True,
+        needs_ray=lambda config: not config.in_process,
     ),
     "evaluate": Command(
         "measure speed and quality on benchmarks, compare two models, prove the verifier",
@@ -233,6 +236,20 @@ COMMANDS: dict[str, Command] = {
         operands=("name",),
     ),
 }
+
+
+def load_job(name: str, file: Path | None, overrides: Sequence[str]) -> Config:
+    """The configuration of a job that can run on a cluster, from its file and `key=value` words.
+
+    Raises:
+        ConfigError: no such job, or a configuration that is none of its.
+    """
+    runnable = sorted(name for name, command in COMMANDS.items() if command.ray)
+    if name not in runnable:
+        raise ConfigError(
+            "job", repr(name), ", ".join(runnable), f"choose one of them{nearest(name, runnable)}"
+        )
+    return load_config(COMMANDS[name].config_class(), file, overrides)
 
 
 def _attribute(path: str) -> Any:

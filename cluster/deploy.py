@@ -132,12 +132,7 @@ def serve_model(config: ServeConfig) -> Iterator[ServedEndpoint]:
         ActorDied: Ray Serve or a replica did not come up.
     """
     port = free_port(config.host, config.port)
-    check_access(config.host, config.keys)
-    if config.trace_endpoint:
-        require_tracing()
-    sources = model_sources(config.model, config.name, config.tracking_uri)
-    for source in sources:
-        check_model(Path(source.folder))
+    sources = checked_sources(config, config.host)
     # Ray starts only now: everything that can be known without it has been checked.
     with ExitStack() as stack:
         _enter_session(stack, config)
@@ -146,6 +141,21 @@ def serve_model(config: ServeConfig) -> Iterator[ServedEndpoint]:
         _start(config, sources, port)
         _wait_ready(endpoint)
         yield endpoint
+
+
+def checked_sources(config: ServeConfig, host: str) -> tuple[ModelSource, ...]:
+    """The models to serve at an address, after everything that can be known without Ray.
+
+    Raises:
+        UserError: nobody would be asked for a key there, or a model, the file of keys or a package is missing.
+    """
+    check_access(host, config.keys)
+    if config.trace_endpoint:
+        require_tracing()
+    sources = model_sources(config.model, config.name, config.tracking_uri)
+    for source in sources:
+        check_model(Path(source.folder))
+    return sources
 
 
 def free_port(host: str, port: int) -> int:

@@ -87,14 +87,15 @@ def bodies(config: LoadtestConfig, model: str) -> Iterator[dict[str, Any]]:
     shared: dict[str, Any] = {"model": model, "max_tokens": config.max_tokens, **config.fields}
     if config.stream:
         shared |= {"stream": True, "stream_options": {"include_usage": True}}
+    # Read now, before anything is sent: a generator would find a broken file at the first request.
     prompts = read_prompts(config.prompts) if config.prompts is not None else _task_prompts()
-    for prompt in itertools.cycle(prompts):
-        asked = (
-            {"messages": [{"role": "user", "content": prompt}]}
-            if config.endpoint == "chat"
-            else {"prompt": prompt}
-        )
-        yield {**shared, **asked}
+
+    def body(prompt: str) -> dict[str, Any]:
+        if config.endpoint == "chat":
+            return {**shared, "messages": [{"role": "user", "content": prompt}]}
+        return {**shared, "prompt": prompt}
+
+    return map(body, itertools.cycle(prompts))
 
 
 def read_prompts(path: Path) -> list[str]:

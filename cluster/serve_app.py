@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from fewstep.actors.serving.replica import application
-from fewstep.cluster.deploy import ServeConfig, serving_options
-from fewstep.cluster.served_models import model_sources
+from fewstep.cluster.deploy import ServeConfig, checked_sources, serving_options
 
 
 def build(args: dict[str, Any]) -> Any:
     """Serve's application builder; `args` is a `ServeConfig` as data.
 
     Raises:
-        UserError: the model is not there.
+        UserError: as `checked_sources`.
     """
     config = ServeConfig.model_validate(args)
-    sources = model_sources(config.model, config.name, config.tracking_uri)
-    return application(sources, **serving_options(config))
+    # Serve's proxies listen on every address of a pod.
+    return application(checked_sources(config, "0.0.0.0"), **serving_options(config))

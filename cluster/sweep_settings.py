@@ -135,7 +135,7 @@ def trials_of(config: SweepConfig) -> list[Trial]:
         for number, values in enumerate(_points(config)):
             name = _name(number, values)
             own = {
-                **values, "out": str(config.out.resolve() / "trials" / name), "resume": True,
+                **values, "out": str(config.out.resolve() / "trials" / name), "resume": config.resume,
                 "tracking_uri": config.tracking_uri, "experiment": config.experiment,
             }  # fmt: skip
             overrides = [f"{key}={json.dumps(value)}" for key, value in own.items()]

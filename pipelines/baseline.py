@@ -10,7 +10,7 @@ from fewstep.actors.engine.request import Request
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.pipelines.evaluation import Contender
 from fewstep.pipelines.evaluation_settings import BASELINE_MARK
-from fewstep.pipelines.models import weights_digest
+from fewstep.platform.artifacts import weights_digest
 
 SLOT = "baseline"
 

@@ -38,7 +38,7 @@ from fewstep.pipelines.evaluation_tracking import (
     open_tracker,
 )
 from fewstep.pipelines.frontier import Generate
-from fewstep.pipelines.models import pinned_model, weights_digest
+from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.progress import read_progress, write_progress
 from fewstep.pipelines.repair import compare_repairs, corrupted, measure_repair
 from fewstep.pipelines.self_test import refuse_misjudged, self_test
@@ -46,7 +46,7 @@ from fewstep.pipelines.tasks.benchmark import Benchmark, unrunnable
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
 from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.pipelines.tasks.prepared import Prepared
-from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
+from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info, weights_digest
 from fewstep.platform.config import render_config
 from fewstep.platform.errors import TaskFileError
 from fewstep.platform.records import DecodePolicy

@@ -7,6 +7,7 @@ or not at all; an interrupted evaluation reads what is there and goes on behind 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ MAX_SANDBOX_ERRORS = 0.05
 
 
 @dataclass(frozen=True)
-class Contender:
+class Contender(ABC):
     """What answers: a model under test, or the baseline it is held against.
 
     Attributes:
@@ -51,9 +52,9 @@ class Contender:
     tokenizer: Tokenizer
     chat: ChatTemplate
 
+    @abstractmethod
     def check(self, request: Request) -> None:
         """Raises RequestError where it cannot be asked this."""
-        raise NotImplementedError
 
     def seen(self, suffix_ids: tuple[int, ...], _behind: int) -> tuple[int, ...]:
         """What it can see of a suffix that stands behind so many tokens."""

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-
-from fewstep.platform.artifacts import file_digest
-from fewstep.platform.errors import CheckpointError
 
 
 def model_folder(model: str, tracking_uri: str) -> Path:
@@ -45,16 +41,3 @@ def pinned_model(model: str, tracking_uri: str) -> tuple[str, Path]:
 
     pinned = pinned_address(model, project_uri(tracking_uri))
     return pinned, model_folder(pinned, tracking_uri)
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over the weights' files of a model folder, in the order of their names.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(str(folder), "no *.safetensors", "a model folder", "check the path")
-    digests = [file_digest(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -150,14 +150,11 @@ def _refuse_broken(rollouts: Sequence[Rollout]) -> None:
         )
 
 
-class MadeNow:
-    """Synchronous: a batch is made when it is asked for, by the newest weights."""
+class _InTurn:
+    """Nothing runs beside the loop: a push and a look happen when they are asked for."""
 
-    def __init__(self, maker: RolloutMaker, push: Push) -> None:
-        self._maker, self._push = maker, push
-
-    def take(self, step: int, threshold: float, done: float) -> Batch:
-        return self._maker.make(step, threshold, done)
+    def __init__(self, push: Push) -> None:
+        self._push = push
 
     def push(self, state: State, version: WeightVersion) -> Metrics:
         return dict(self._push(state, version))
@@ -167,6 +164,17 @@ class MadeNow:
 
     def close(self) -> None:
         pass
+
+
+class MadeNow(_InTurn):
+    """Synchronous: a batch is made when it is asked for, by the newest weights."""
+
+    def __init__(self, maker: RolloutMaker, push: Push) -> None:
+        super().__init__(push)
+        self._maker = maker
+
+    def take(self, step: int, threshold: float, done: float) -> Batch:
+        return self._maker.make(step, threshold, done)
 
 
 class MadeAhead:
@@ -206,25 +214,17 @@ class MadeAhead:
         self._thread.shutdown(cancel_futures=True)
 
 
-class Recorded:
+class Recorded(_InTurn):
     """Batches that an earlier run wrote; what is pushed still reaches the engines, which measure it."""
 
     def __init__(self, folder: Path, push: Push) -> None:
-        self._folder, self._push = folder, push
+        super().__init__(push)
+        self._folder = folder
 
     def take(self, step: int, threshold: float, done: float) -> Batch:
         path = rollout_file(self._folder, step)
         facts = read_metadata(path)
         return Batch(read_rollouts(path), facts["prompts"], facts["threshold"], facts["share_done"])
-
-    def push(self, state: State, version: WeightVersion) -> Metrics:
-        return dict(self._push(state, version))
-
-    def between(self, work: Callable[[], Result]) -> Result:
-        return work()
-
-    def close(self) -> None:
-        pass
 
 
 def rollout_file(folder: Path, step: int) -> Path:

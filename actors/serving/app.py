@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fewstep.actors.serving.catalogue import Catalogue
-from fewstep.actors.serving.desk import Desk
+from fewstep.actors.serving.desk import Desk, DeskOptions
 from fewstep.actors.serving.docs_routes import docs_router
 from fewstep.actors.serving.gate import add_desk
 from fewstep.actors.serving.generation_routes import generation_router
@@ -20,14 +20,15 @@ def create_app(*services: CompletionService, desk: Desk | None = None) -> FastAP
 
     Args:
         services: one per model, shared by all requests; at least one.
-        desk: stands in front of them, if there is one.
+        desk: stands in front of them; None = one that asks for no key.
     """
+    if desk is None:
+        desk = Desk(DeskOptions(), lambda: {service.model.name: service.host for service in services})
     catalogue = Catalogue(services)
     # FastAPI's own pages would load scripts from elsewhere, and it cannot see our bodies: we read them ourselves.
     app = FastAPI(title="fewstep", openapi_url=None, docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    if desk is not None:
-        add_desk(app, desk, error_response)
+    add_desk(app, desk, error_response)
     app.include_router(health_router(catalogue))
     app.include_router(model_router(catalogue))
     app.include_router(generation_router(catalogue))

@@ -85,7 +85,7 @@ class Desk:
         self.limits, self.replica, self._gather = options.limits, replica, gather
         self._engines, self._draining, self.num_open = engines, False, 0
         self._ring = KeyRing(options.keys) if options.keys is not None else None
-        self._budgets: dict[str, KeyBudgets] = {}
+        self._budgets: dict[str, tuple[KeyEntry | None, KeyBudgets]] = {}
         self._lines: WeakKeyDictionary[EngineHost, _Line] = WeakKeyDictionary()
         self.metrics = ServingMetrics(engines, self._num_waiting)
         self._log = AccessLog(options.log)
@@ -161,9 +161,7 @@ class Desk:
         places, turns = [], []
         for request in requests:
             turn = asyncio.Event()
-            places.append(
-                Place(name, weight, line.expect(request), getattr(request, "priority", 0), ready=turn.set)
-            )
+            places.append(Place(name, weight, line.expect(request), request.priority, ready=turn.set))
             turns.append(turn)
         visit.user = user
         try:
@@ -241,14 +239,16 @@ class Desk:
 
     def _budget(self, key: KeyEntry | None) -> KeyBudgets:
         name, limits = key.id if key is not None else "", self.limits
-        if name not in self._budgets:
-            self._budgets[name] = KeyBudgets(
+        known = self._budgets.get(name)
+        if known is None or known[0] != key:  # a key's own numbers may change while the server runs
+            budgets = KeyBudgets(
                 (key and key.requests_per_minute) or limits.key_requests_per_minute,
                 (key and key.tokens_per_minute) or limits.key_tokens_per_minute,
                 (key and key.seconds_per_minute) or limits.key_seconds_per_minute,
                 time.monotonic,
             )
-        return self._budgets[name]
+            known = self._budgets[name] = (key, budgets)
+        return known[1]
 
     def _line(self, model: str, host: EngineHost) -> _Line:
         if host not in self._lines:
@@ -287,21 +287,18 @@ class _Until:
             ) from None
 
 
-# The desk that keeps the request of this task, and the request; unset where nobody keeps one.
-CURRENT: ContextVar[tuple[Desk, Visit] | None] = ContextVar("fewstep_visit", default=None)
+# The desk that keeps the HTTP request of this task, and the request.
+CURRENT: ContextVar[tuple[Desk, Visit]] = ContextVar("fewstep_visit")
 
 
 def admitted(
     model: str, host: EngineHost, requests: Sequence[Request], user: str
 ) -> list[AsyncIterator[Update]]:
-    """Updates of engine requests: through the desk that is keeping the current HTTP request, or at once without one.
+    """Updates of engine requests, through the desk that is keeping the current HTTP request.
 
-    Raises: as `Desk.admit` and `EngineHost.submit`.
+    Raises: as `Desk.admit`; LookupError outside of one.
     """
-    at = CURRENT.get()
-    if at is None:
-        return [host.submit(request) for request in requests]
-    desk, visit = at
+    desk, visit = CURRENT.get()
     return [*desk.admit(visit, model, host, requests, user)]
 
 

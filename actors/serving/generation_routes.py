@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from fewstep.actors.serving.body_reader import read_body
 from fewstep.actors.serving.catalogue import Catalogue
+from fewstep.actors.serving.gate import CLIENT_GONE
 from fewstep.actors.serving.http_errors import error_body
 from fewstep.actors.serving.schema import (
     ApplyBody,
@@ -26,9 +26,6 @@ from fewstep.actors.serving.stream import event_of
 from fewstep.platform.errors import ActorDied, FewstepError
 
 logger = logging.getLogger(__name__)
-
-# nginx's code for "the client went away"; nobody is left to read it, but it shows in access logs.
-_CLIENT_GONE = 499
 
 BODIES: dict[str, type[CompletionBody | ChatBody]] = {
     "/v1/completions": CompletionBody,
@@ -57,7 +54,7 @@ def _endpoint(catalogue: Catalogue, cls: type[CompletionBody | ChatBody]) -> Any
 
 
 async def _answer(catalogue: Catalogue, request: Request, cls: type[CompletionBody | ChatBody]) -> Response:
-    body = parse_body(cls, await read_body(request))
+    body = parse_body(cls, await request.body())
     service = catalogue[body.model]
     call = service.plan(body)
     if not service.host.healthy:
@@ -69,7 +66,7 @@ async def _answer(catalogue: Catalogue, request: Request, cls: type[CompletionBo
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     text = await _unless_gone(request, service.whole(call, updates))
     if text is None:
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
     return Response(text, media_type="application/json", headers=headers)
 
 

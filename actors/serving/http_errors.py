@@ -12,16 +12,12 @@ from starlette.exceptions import HTTPException
 from fewstep.actors.serving.body_errors import UnknownField, UnsupportedField
 from fewstep.actors.serving.refusals import Refused
 from fewstep.actors.serving.service import ModelNotFound
-from fewstep.platform.errors import ActorDied, FewstepError, RequestError, UserError
+from fewstep.platform.errors import ActorDied, FewstepError, UserError
 
 logger = logging.getLogger(__name__)
 
 
-class BodyTooLarge(RequestError):
-    """More bytes than any prompt needs."""
-
-
-_STATUS: dict[type[UserError], int] = {ModelNotFound: 404, BodyTooLarge: 413}
+_STATUS: dict[type[UserError], int] = {ModelNotFound: 404}
 _CODES: dict[type[UserError], str] = {
     ModelNotFound: "model_not_found",
     UnknownField: "unknown_parameter",

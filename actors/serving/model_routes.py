@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from fewstep.actors.engine.request import context_length
-from fewstep.actors.serving.body_reader import read_body
 from fewstep.actors.serving.canvas_events import piece_texts
 from fewstep.actors.serving.catalogue import Catalogue
 from fewstep.actors.serving.schema import TokenizeBody, parse_body
@@ -33,7 +32,7 @@ def model_router(catalogue: Catalogue) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = parse_body(TokenizeBody, await read_body(request))
+        body = parse_body(TokenizeBody, await request.body())
         service = catalogue[body.model]
         ids, limit = service.token_ids(body), context_length(service.model.config)
         texts = None

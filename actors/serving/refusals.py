@@ -13,11 +13,12 @@ class Refused(FewstepError):
     """A request that was not answered; in OpenAI's error shape.
 
     Attributes:
-        status: HTTP status; kind, code: `type` and `code` of the error object.
+        status: HTTP status; kind, param, code: `type`, `param` and `code` of the error object.
         reason: one word for metrics and logs.
     """
 
     status: ClassVar[int] = 500
+    param: ClassVar[str | None] = None
     kind: ClassVar[str] = "server_error"
     code: ClassVar[str] = "refused"
     reason: ClassVar[str] = "refused"
@@ -30,7 +31,7 @@ class Refused(FewstepError):
     def body(self) -> dict[str, Any]:
         """The error object."""
         return {
-            "error": {"message": str(self), "type": self.kind, "param": None, "code": self.code},
+            "error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code},
         }
 
 
@@ -77,6 +78,7 @@ class WrongKey(Refused):
 class TooLarge(Refused):
     """A body above the limit."""
 
+    param = "body"
     status, kind, code, reason = 413, "invalid_request_error", "request_too_large", "size"
 
 

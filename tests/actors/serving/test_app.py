@@ -14,7 +14,7 @@ from tests.actors.serving.tiny import build_tokenizer, tiny_model
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
-from fewstep.actors.serving.body_reader import MAX_BODY_BYTES
+from fewstep.actors.serving.limits import LimitsConfig
 from fewstep.actors.serving.service import CompletionService
 from fewstep.platform.records import DecodePolicy, WeightVersion
 from fewstep.platform.rng import derive_seed
@@ -195,7 +195,7 @@ def test_default_length_is_the_servers_or_what_the_context_leaves(client: OpenAI
         ({"prompt": "a" * 2048}, 400, "max_tokens", "invalid_value"),
         ({"max_tokens": 2048}, 400, "max_tokens", "invalid_value"),
         ({"stop": ""}, 400, "stop", "invalid_value"),
-        ({"prompt": "a" * MAX_BODY_BYTES}, 413, "body", "invalid_value"),
+        ({"prompt": "a" * LimitsConfig().max_body_bytes}, 413, "body", "request_too_large"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
