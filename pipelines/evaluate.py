@@ -47,7 +47,6 @@ from fewstep.pipelines.tasks.benchmarks import load_benchmark
 from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.pipelines.tasks.prepared import Prepared
 from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info, weights_digest
-from fewstep.platform.config import render_config
 from fewstep.platform.errors import TaskFileError
 from fewstep.platform.records import DecodePolicy
 from fewstep.platform.tracking import Tracker
@@ -105,8 +104,8 @@ def evaluate(
     contenders: list[Contender] = [*subjects, *([] if baseline is None else [baseline])]
     benchmarks, prepared = plan(config, contenders, benchmarks, verifier)
     results = Results(subjects, {benchmark.name: benchmark for benchmark in benchmarks}, isolation, baseline)
-    begin(config, contenders, benchmarks)
-    with open_tracker(config, contenders, benchmarks) as tracker:
+    resumed = begin(config, contenders, benchmarks)
+    with open_tracker(config, contenders, benchmarks, resumed=resumed) as tracker:
         measure = partial(_measure, config, prepared, results, verifier, tracker)
         for subject in subjects if benchmarks else ():
             with engine(subject) as generate:
@@ -214,8 +213,8 @@ def plan(
     return planned, prepared
 
 
-def begin(config: EvaluateConfig, contenders: Sequence[Contender], benchmarks: Sequence[Benchmark]) -> None:
-    """Makes `config.out` ready: for going on, if it holds the same evaluation, else from the start.
+def begin(config: EvaluateConfig, contenders: Sequence[Contender], benchmarks: Sequence[Benchmark]) -> bool:
+    """Makes `config.out` ready: for going on, if it holds the same evaluation, else from the start. Whether it goes on.
 
     Raises:
         ConfigError: it holds another one.
@@ -228,9 +227,9 @@ def begin(config: EvaluateConfig, contenders: Sequence[Contender], benchmarks: S
     if read_progress(config.out, fingerprint, resume=config.resume) is None:
         shutil.rmtree(config.out / "trajectories", ignore_errors=True)
         write_progress(config.out, fingerprint, {"models": [contender.identity for contender in contenders]})
-    elif (config.out / "trajectories").is_dir():
-        print(f"going on with what {config.out} holds", flush=True)
-    atomic_write_text(config.out / "config.yaml", render_config(config))
+        return False
+    print(f"going on with what {config.out} holds", flush=True)
+    return True
 
 
 def _repair(

@@ -10,31 +10,30 @@ from fewstep.pipelines.evaluation_settings import EvaluateConfig
 from fewstep.pipelines.evaluation_summary import FrontierSummary, PolicyComparison
 from fewstep.pipelines.repair import RepairSummary
 from fewstep.pipelines.tasks.benchmark import Benchmark
-from fewstep.platform.mlflow_store import project_uri
+from fewstep.pipelines.tracked_run import RunPlan, tracked_run
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.tracking import Tracker
 
-REPORT_FILES = ("report.json", "report.md", "answers.parquet", "config.yaml")
+REPORT_FILES = ("report.json", "report.md", "answers.parquet")
 
 
 @contextmanager
 def open_tracker(
-    config: EvaluateConfig, contenders: Sequence[Contender], benchmarks: Sequence[Benchmark]
+    config: EvaluateConfig, contenders: Sequence[Contender], benchmarks: Sequence[Benchmark], *, resumed: bool
 ) -> Iterator[MlflowTracker]:
-    """The evaluation's run, with what it is about: which models, as they were when it started, on which data."""
-    tracker = MlflowTracker(
-        project_uri(config.tracking_uri),
-        experiment=config.experiment,
-        run_name=f"evaluate-{config.out.name}",
-        tags={
-            f"fewstep.evaluated.{contender.slot}.{key}": value
-            for contender in contenders
-            for key, value in contender.identity.items()
-        },
+    """The evaluation's run, with what it is about: which models, as they were when it started, on which data. One that was
+    interrupted is gone on with."""
+    tags = {
+        f"fewstep.evaluated.{contender.slot}.{key}": value
+        for contender in contenders
+        for key, value in contender.identity.items()
+    }
+    plan = RunPlan(
+        kind="evaluate", config=config, out=config.out, tracking_uri=config.tracking_uri, experiment=config.experiment,
         description="Quality and speed over decode policies: " + ", ".join(one.name for one in benchmarks),
-    )
-    with tracker:
-        tracker.log_params(config.model_dump(mode="json"))
+        resumed=resumed, required=True, tags=tags,
+    )  # fmt: skip
+    with tracked_run(plan) as tracker:
         for benchmark in benchmarks:
             tracker.log_dataset(
                 benchmark.name,

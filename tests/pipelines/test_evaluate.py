@@ -41,8 +41,8 @@ from fewstep.platform.trajectories import read_metadata, read_rollouts
 
 SWEEP = Sweep(thresholds=(0.9, 0.3), tokens_per_step=())
 FILES = [
-    "answers.parquet", "artifacts", "config.yaml", "film.png", "frontier.png", "mlflow.db", "progress.json",
-    "report.json", "report.md", "spool", "trajectories",
+    "answers.parquet", "artifacts", "config.yaml", "environment.txt", "film.png", "frontier.png", "mlflow.db", "progress.json",
+    "report.json", "report.md", "spool", "tracking.json", "trajectories",
 ]  # fmt: skip
 
 
@@ -234,6 +234,12 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     again: list[int] = []
     measure(config, verifier, counting(again))
     assert again == []
+    (same,) = client.search_runs([run.info.experiment_id])
+    assert (same.info.run_id, same.info.status) == (run.info.run_id, "FINISHED")
+    assert {
+        "eval/family/static_1/pass_at_1",
+        "eval/family/threshold_0.3/pass_at_1",
+    } <= same.data.metrics.keys()
 
 
 def test_a_folder_of_another_evaluation_is_not_mixed_in(tmp_path: Path, verifier: LocalVerifier) -> None:

@@ -11,15 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from numpy.typing import NDArray
+from tests.pipelines.small_run import IdleTrainer
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.serving.chat import ChatTemplate
-from fewstep.actors.trainer import LogprobSource, Metrics
+from fewstep.actors.trainer import Metrics
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import embedded_model, load_model
@@ -42,27 +41,16 @@ from fewstep.platform.trajectories import read_rollouts
 SMALL = RefineConfig(steps=2, prompts_per_step=4, group_size=2, updates_per_step=1, trainer={"num_ranks": 1})
 
 
-class RecordingTrainer:
-    """A trainer that keeps what it was given and never moves: the loop's own arithmetic becomes visible."""
+class RecordingTrainer(IdleTrainer):
+    """Keeps what it was given: the loop's own arithmetic becomes visible."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
         self.batches: list[Sequence[SampleRows]] = []
-        self._model = model
 
     def update(self, samples: Sequence[SampleRows], learning_rate: float) -> Metrics:
         self.batches.append(samples)
-        return {"loss": 0.0, "targets": float(sum((s.targets >= 0).sum() for s in samples))}
-
-    def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
-        raise AssertionError("distillation compares with nothing")
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return dict(self._model.state_dict())
-
-    def save(self, folder: Path) -> None:
-        raise AssertionError("the loop saves through its checkpoint callback")
-
-    load = save
+        return super().update(samples, learning_rate)
 
 
 def _run(config: RefineConfig) -> tuple[RecordingTrainer, Progress, MemoryTracker, list[WeightVersion]]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,38 +32,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="module")
-def service(model_folder: Path) -> Iterator[CompletionService]:
+def serving(name: str, folder: Path, **settings: Any) -> Iterator[CompletionService]:
+    """A tiny model with that chat template, served until the generator is closed."""
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
-    host, model = host_of(tiny_model(tokenizer), tokenizer), tiny_model(tokenizer)
-    served = ServedModel(
-        name="tiny",
-        created=1_700_000_000,
-        config=model.config,
-        tokenizer=tokenizer,
-        chat=ChatTemplate(model_folder),
-        policy=DecodePolicy(threshold=0.5),
-        max_tokens=24,
-    )
-    yield CompletionService(host, served)
-    host.close()
-
-
-@pytest.fixture(scope="module")
-def bidirectional(model_folder: Path) -> Iterator[CompletionService]:
-    """A model that sees both sides of a hole, whose chat template is not empty."""
-    torch.set_num_threads(1)
-    tokenizer = build_tokenizer()
-    model = tiny_model(tokenizer, attention_kind="bidirectional")
+    model = tiny_model(tokenizer, **settings)
     host = host_of(model, tokenizer)
-    folder = model_folder.parent / "bidirectional"
-    folder.mkdir(exist_ok=True)
-    template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}>"
-    (folder / "chat_template.jinja").write_text(template)
     served = ServedModel(
-        name="both",
-        created=1_700_000_001,
+        name=name,
+        created=1_700_000_000,
         config=model.config,
         tokenizer=tokenizer,
         chat=ChatTemplate(folder),
@@ -71,6 +49,21 @@ def bidirectional(model_folder: Path) -> Iterator[CompletionService]:
     )
     yield CompletionService(host, served)
     host.close()
+
+
+@pytest.fixture(scope="module")
+def service(model_folder: Path) -> Iterator[CompletionService]:
+    yield from serving("tiny", model_folder)
+
+
+@pytest.fixture(scope="module")
+def bidirectional(model_folder: Path) -> Iterator[CompletionService]:
+    """A model that sees both sides of a hole, whose chat template is not empty."""
+    folder = model_folder.parent / "bidirectional"
+    folder.mkdir(exist_ok=True)
+    template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}>"
+    (folder / "chat_template.jinja").write_text(template)
+    yield from serving("both", folder, attention_kind="bidirectional")
 
 
 def host_of(model: Transformer, tokenizer: Tokenizer) -> EngineHost:
