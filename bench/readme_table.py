@@ -15,17 +15,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.platform.artifacts import atomic_write_bytes, atomic_write_text
+from fewstep.platform.artifacts import atomic_write_bytes
 from fewstep.platform.errors import ResourceError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MARKS = "results"
 GIB = 2**30
 
 Report = Mapping[str, Any]
 
 
 def main() -> int:
+    from bench.documents import fill
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("report", type=Path, nargs="?", default=ROOT / "runs/demo/report.json")
     parser.add_argument("--long", type=Path, default=ROOT / "bench/results/refine-tiny.json")
@@ -39,8 +41,7 @@ def main() -> int:
         if arguments.long.is_file():
             parts.append(section("`fewstep refine examples/tiny/refine.yaml`", read_report(arguments.long)))
             parts += figure(arguments.long.with_suffix(".png"), arguments.long.with_suffix(".png"), folder)
-        text = arguments.readme.read_text(encoding="utf-8")
-        atomic_write_text(arguments.readme, filled(text, "\n\n".join(parts)))
+        fill(arguments.readme, MARKS, "\n\n".join(parts))
     except UserError as error:
         print(f"readme_table: error: {error}", file=sys.stderr)
         return 2
@@ -127,18 +128,6 @@ def figure(source: Path, copy: Path, folder: Path) -> list[str]:
     return [f"![pass@1 against forwards per answer, before and after refinement]({link})"]
 
 
-def filled(text: str, results: str) -> str:
-    """`text` with the lines between the markers replaced.
-
-    Raises:
-        ResourceError: the markers are not there, once each and in order.
-    """
-    before, begin, rest = text.partition(BEGIN + "\n")
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ResourceError("README", "no pair of markers", f"{BEGIN} and {END}, once each", "put them back")
-    return f"{before}{begin}{results}\n{end}{after}"
-
-
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
     sys.exit(main())

@@ -86,19 +86,20 @@ def main() -> int:
         "commit": git_commit(),
     }
     result.pop("mlflow", None)  # the address of a store that exists on one machine only
-    if arguments.ablations:
-        result["ablations"] = {
-            name: ablation(arguments.runs / f"ablation-{number:02d}", (*keys, *smoke))
-            for number, (name, keys) in enumerate(ABLATIONS.items())
-        }
-    elif arguments.out.is_file():
-        result["ablations"] = json.loads(arguments.out.read_text()).get("ablations", {})
-    result["goals"] = goals(result)
-    atomic_write_text(arguments.out, json.dumps(result, indent=2) + "\n")
+    kept = json.loads(arguments.out.read_text()).get("ablations", {}) if arguments.out.is_file() else {}
+    result |= {"ablations": kept, "goals": goals(result)}
+    keep(result, arguments.out)
     shutil.copyfile(folders[0] / "frontier.png", arguments.out.with_suffix(".png"))
+    for number, (name, keys) in enumerate(ABLATIONS.items() if arguments.ablations else ()):
+        kept[name] = ablation(arguments.runs / f"ablation-{number:02d}", (*keys, *smoke))
+        keep(result, arguments.out)  # each is minutes of work
     shown = ("speedup_forwards_mean", "speedup_forwards_std", "speedup_vs_sequential_mean", "pass_at_1_drop_points_mean", "aup_before", "aup_after", "goals")  # fmt: skip
     print(json.dumps({key: result[key] for key in shown}, indent=2))
     return 0
+
+
+def keep(result: dict[str, Any], path: Path) -> None:
+    atomic_write_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def refined(folder: Path, keys: Sequence[str]) -> Path:

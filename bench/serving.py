@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "serving-cpu.json"
+DOCS = ROOT / "docs" / "operations.md"
 
 
 def main() -> int:
@@ -67,6 +68,9 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[], dict[str, An
 
 def _record(path: Path, name: str, result: dict[str, Any]) -> None:
     """Put one part's result into the file. The headline numbers also stand at its top."""
+    from bench.documents import fill
+    from bench.serving_parts.tables import tables
+
     from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_info
 
     kept = json.loads(path.read_text()) if path.is_file() else {}
@@ -85,6 +89,8 @@ def _record(path: Path, name: str, result: dict[str, Any]) -> None:
     if name in shown:
         kept[name] = {key: result[key] for key in shown[name]}
     atomic_write_text(path, json.dumps(kept, indent=2) + "\n")
+    if path == RESULTS:
+        fill(DOCS, "serving-cpu", tables(kept["parts"]))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ from fewstep.platform.system_metrics import HostSampler, SystemMetrics
 from fewstep.platform.tracking import MemoryTracker
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tracking-overhead.json"
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "tracking.md"
-BEGIN, END = "<!-- overhead:begin -->", "<!-- overhead:end -->"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "tracking.md"
 GOAL = 0.01
 
 
@@ -193,15 +193,9 @@ def sentence(result: Mapping[str, Any]) -> str:
     )
 
 
-def fill_docs(result: Mapping[str, Any]) -> None:
-    """Puts the result between the marks of docs/tracking.md."""
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    atomic_write_text(DOCS, f"{before}{BEGIN}\n{sentence(result)}\n{END}{after}")
-
-
 def main() -> int:
+    from bench.documents import fill
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=10, help="steps of a window")
     parser.add_argument("--pairs", type=int, default=8, help="windows of each kind that count")
@@ -213,7 +207,7 @@ def main() -> int:
         result = measure(arguments.steps, arguments.pairs, Path(folder))
     atomic_write_text(arguments.out, json.dumps(result, indent=2) + "\n")
     if arguments.out == RESULTS:
-        fill_docs(result)
+        fill(DOCS, "overhead", sentence(result))
     print(
         f"tracking costs {100 * result['value']:.2f} % of a step; its thread "
         f"{1000 * result['delivery_cpu_seconds_per_step']:.1f} ms of processor time; wrote {arguments.out}"
@@ -222,4 +216,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
     sys.exit(main())

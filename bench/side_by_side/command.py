@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.documents import fill
 from bench.side_by_side import report, table
 from bench.side_by_side.plan import Peer, chosen_peers, comparisons, missing
 from bench.side_by_side.settings import QUICK, Settings
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     try:
         if given.table:
-            table.fill(PAGE, table.read_result(given.out or RESULT))
+            fill(PAGE, table.MARKS, table.section(table.read_result(given.out or RESULT)))
             return 0
         if given.peers is None:
             raise ConfigError("--peers", "nothing", "a folder", "name the folder of the peers' checkouts")
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = given.out or (work / "result.json" if given.quick else RESULT)
         run(settings, chosen_peers(given.only), given.peers, work, given.resume, out)
         if out == RESULT:
-            table.fill(PAGE, table.read_result(out))
+            fill(PAGE, table.MARKS, table.section(table.read_result(out)))
     except UserError as error:
         print(f"peers: error: {error}", file=sys.stderr)
         return 2

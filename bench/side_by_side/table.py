@@ -9,10 +9,9 @@ from typing import Any
 
 from bench.side_by_side.plan import PEERS
 
-from fewstep.platform.artifacts import atomic_write_text
 from fewstep.platform.errors import ResourceError
 
-BEGIN, END = "<!-- peers-cpu:begin -->", "<!-- peers-cpu:end -->"
+MARKS = "peers-cpu"
 TITLES = {peer.name: peer.title for peer in PEERS}
 GIB = 2**30
 # Load of other work above this makes a figure doubtful; ours and the peer's process are one of it at a time.
@@ -48,23 +47,6 @@ def read_result(path: Path) -> Row:
             str(path), f"no {sorted(absent)}", "the result of bench/peers.py", "name another file"
         )
     return result
-
-
-def fill(page: Path, result: Row) -> None:
-    """Replace what is between the markers of `page`.
-
-    Raises:
-        ResourceError: the markers are not there, once each and in order.
-    """
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(str(page), error, "the page of benchmarks", "restore it") from error
-    before, begin, rest = text.partition(BEGIN + "\n")
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ResourceError(str(page), "no pair of markers", f"{BEGIN} and {END}, once each", "restore them")
-    atomic_write_text(page, f"{before}{BEGIN}\n{section(result)}\n{END}{after}")
 
 
 def section(result: Row) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench.documents import fill, marks
 from bench.side_by_side import measure, report, table
 from bench.side_by_side.adapters.adapter import Trace
 from bench.side_by_side.command import PAGE, main
@@ -348,15 +349,15 @@ def test_a_run_against_ourselves_has_parity_and_every_figure(result: dict[str, A
 def test_the_page_gets_its_tables_and_keeps_the_rest(result: dict[str, Any], tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    table.fill(page, result)
+    fill(page, table.MARKS, table.section(result))
     once = page.read_text(encoding="utf-8")
-    table.fill(page, result)
+    fill(page, table.MARKS, table.section(result))
     assert page.read_text(encoding="utf-8") == once
     assert "| dllm LLaDA2 sampler | exact | static_4 | 2 |" in once
     assert "Not run: SDAR generate.py (no checkout SDAR)." in once
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(table.BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(marks(table.MARKS)[0])
     assert once.startswith(before)
-    assert once.endswith(rest.partition(table.END)[2])
+    assert once.endswith(rest.partition(marks(table.MARKS)[1])[2])
 
 
 def test_a_row_without_parity_has_no_speed(machinery: measure.Machinery, tmp_path: Path) -> None:
@@ -374,7 +375,7 @@ def test_a_page_without_markers_and_another_file_are_refused(result: dict[str, A
     page, other = tmp_path / "page.md", tmp_path / "other.json"
     page.write_text("no markers")
     other.write_text(json.dumps({"rows": []}))
-    with pytest.raises(ResourceError, match="markers"):
-        table.fill(page, result)
+    with pytest.raises(ResourceError, match="marks"):
+        fill(page, table.MARKS, table.section(result))
     with pytest.raises(ResourceError, match="loops"):
         table.read_result(other)

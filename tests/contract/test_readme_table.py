@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from bench.readme_table import BEGIN, END, filled, read_report, section
+from bench.documents import filled, marks
+from bench.readme_table import MARKS, read_report, section
 
 from fewstep.pipelines.frontier import SEQUENTIAL, compare, speedup_record
 from fewstep.platform.artifacts import machine_info
@@ -14,6 +15,7 @@ from fewstep.platform.errors import ResourceError
 from fewstep.platform.records import DecodePolicy, FrontierPoint
 
 ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = marks(MARKS)
 
 
 def point(policy: DecodePolicy, pass_at_1: float, forwards: float) -> FrontierPoint:
@@ -36,9 +38,9 @@ def report_of(folder: Path, refined_pass_at_1: float) -> Path:
 
 def test_the_readme_has_its_markers_once_and_everything_else_stays() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    once = filled(text, "first")
+    once = filled(text, MARKS, "first", "README")
     assert f"{BEGIN}\nfirst\n{END}" in once
-    assert filled(once, "second") == filled(text, "second")
+    assert filled(once, MARKS, "second", "README") == filled(text, MARKS, "second", "README")
     assert once.replace(f"{BEGIN}\nfirst\n{END}", "") == text.replace(
         text[text.index(BEGIN) : text.index(END) + len(END)], ""
     )
@@ -63,7 +65,7 @@ def test_a_run_that_missed_the_bar_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n"])
 def test_markers_that_are_not_a_pair_are_refused(text: str) -> None:
     with pytest.raises(ResourceError):
-        filled(text, "results")
+        filled(text, MARKS, "results", "README")
 
 
 def test_another_file_is_no_report(tmp_path: Path) -> None:
