@@ -145,7 +145,7 @@ class _Job:
         hosts: dict[str, str] = {}
         self._nodes: OtherNodes | None = stack.enter_context(open_nodes(config, hosts))
         self._hosts = hosts
-        self.verifier = stack.enter_context(open_verifier(config))
+        self.verifier = stack.enter_context(open_verifier(config, self.placement))
         self.source = open_tasks(config, self.model, self.tokenizer, ChatTemplate(self.folder), self.verifier)
         weights = state_checksum(load_state(self.folder, self.model))
         self.fingerprint = _fingerprint(config, weights, [*self.source.digests.values(), *recorded])

@@ -147,7 +147,8 @@ def _record(name: str, folder: Path, stored: StoredRun | None) -> RunRecord:
     history = folder / "history.jsonl"
     config = folder / CONFIG_FILE
     flat = flatten_params(read_mapping(config)) if config.is_file() else dict(stored.params if stored else {})
-    images = sorted([*folder.glob("*.png"), *(folder / "figures").glob("*.png")])
+    # The job's own files last, so that they win: the copies were made by an earlier report.
+    images = [*sorted((folder / "figures").glob("*.png")), *sorted(folder.glob("*.png"))]
     return RunRecord(
         name=name,
         folder=folder,
