@@ -184,10 +184,10 @@ class VerifierPool:
             raise ValueError(f"{len(node_ids)} nodes for {num_workers} verifiers")
         self.judge = judge.build()
         require_room("verifiers", num_workers, num_cpus)
-        self._ray = ray
+        self._ray: Any = ray
         self._arguments = (limits or Limits(), judge)
         # Two at once: a worker says who it is while it judges. Its sandbox takes one program at a time anyway.
-        self._actor: Any = ray.remote(
+        self._actor: Any = self._ray.remote(
             num_cpus=num_cpus, max_restarts=0, max_task_retries=0, max_concurrency=2
         )(VerifierWorker)
         self._node_ids = tuple(node_ids) or (None,) * num_workers

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fewstep.actors.engine.text import decode
 from fewstep.actors.trainer import Metrics
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, summarise
+from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, answer, summarise
 from fewstep.pipelines.rollouts import State, rollout_policy
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSource
@@ -73,6 +72,8 @@ class HeldOutChecks:
 
         Args:
             state: the weights that are looked at.
+        Raises:
+            FewstepError: the verifier itself failed too often; that is no loss of quality.
         """
         policy = rollout_policy(self._config, threshold).model_copy(update={"temperature": 0.0})
         point = self._measure(policy)
@@ -98,7 +99,7 @@ class HeldOutChecks:
         return patience > 0 and standing.losses >= patience
 
     def _measure(self, policy: DecodePolicy) -> FrontierPoint:
-        asked, answers = self._source.watched, self._source.answers
+        asked = self._source.watched
         requests = [
             one.request(
                 str(index),
@@ -106,10 +107,9 @@ class HeldOutChecks:
             )
             for index, one in enumerate(asked)
         ]
-        trajectories = self._generate(requests)
-        texts = [decode(self._tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
-        verdicts = self._verify(
-            [(one.task, answers.read(one.task, text)) for one, text in zip(asked, texts, strict=True)]
-        )
+        found = answer(
+            [one.task for one in asked], requests, self._generate, self._verify, self._tokenizer,
+            self._source.answers, what="held-out tasks looked at",
+        )  # fmt: skip
         # Tokens per second say nothing here: nobody reads them, and the batch is small.
-        return summarise(policy, trajectories, verdicts, seconds=1.0)
+        return summarise(policy, found.trajectories, found.verdicts, seconds=1.0)

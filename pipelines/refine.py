@@ -23,11 +23,10 @@ from fewstep.pipelines.frontier import Generate, Verify
 from fewstep.pipelines.held_out_checks import HeldOutChecks, Standing
 from fewstep.pipelines.objectives.credit import Credit, RefineObjective
 from fewstep.pipelines.policy_update import Trainer, train
-from fewstep.pipelines.rollout_samples import CREDIT, log_traces, spread
+from fewstep.pipelines.rollout_samples import log_traces, spread
 from fewstep.pipelines.rollouts import (
     Batch,
     Batches,
-    Clock,
     MadeAhead,
     MadeNow,
     Push,
@@ -38,6 +37,7 @@ from fewstep.pipelines.rollouts import (
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSource
 from fewstep.platform.records import Rollout, WeightVersion
+from fewstep.platform.rollout_trace import CREDIT, Clock
 from fewstep.platform.tracking import Tracker
 from fewstep.platform.trajectories import write_rollouts
 

@@ -498,8 +498,11 @@ class Gullible(Broken):
 def test_a_broken_verifier_is_no_low_score(tmp_path: Path) -> None:
     config = config_for(tmp_path / "run", model=str(tiny_model(tmp_path / "model")), max_tokens=24)
     benchmarks = [load_benchmark(choice) for choice in config.benchmarks]
-    with pytest.raises(FewstepError, match="the verifier itself failed on 6 of 6 answers: no zygote"):
+    with pytest.raises(FewstepError, match="the verifier itself failed on 4 of 4 answers: no zygote"):
         evaluate(config, open_subjects(config), benchmarks, engine, Broken(), "none")
+    with LocalVerifier() as verifier:  # what it broke on was not kept
+        results = evaluate(config, open_subjects(config), benchmarks, engine, verifier, verifier.isolation)
+    assert all(answer.outcome != "sandbox_error" for answer in results.answers)
 
 
 def register(uri: str, folder: Path, name: str, alias: str) -> None:

@@ -208,8 +208,19 @@ def test_the_trainer_is_asked_for_what_no_rollout_recorded(
 
 
 def test_a_verifier_that_keeps_failing_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(FewstepError, match=r"verifier itself failed on \d+ of 6 rollouts.*AlwaysBroken"):
+    with pytest.raises(
+        FewstepError, match=r"rollouts: the verifier itself failed on \d+ of 6 answers.*AlwaysBroken"
+    ):
         run(tmp_path, verifier=f"{__name__}:AlwaysBroken", steps=1)
+
+
+def test_a_broken_verifier_is_no_bar(tmp_path: Path) -> None:
+    checks = {"every": 1, "num_tasks": 6}
+    with pytest.raises(
+        FewstepError, match=r"held-out tasks.*: the verifier itself failed on \d of 6 answers"
+    ):
+        run(tmp_path, verifier=f"{__name__}:AlwaysBroken", steps=1, held_out_checks=checks)
+    assert not (tmp_path / "rollouts").exists()
 
 
 class AlwaysBroken:
