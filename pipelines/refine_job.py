@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -42,7 +41,7 @@ from fewstep.pipelines.refine_workers import (
     place_actors,
 )
 from fewstep.pipelines.rollouts import check_recorded, rollout_policy
-from fewstep.pipelines.settings import RefineConfig
+from fewstep.pipelines.settings import RECORDING, RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
 from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest
@@ -53,11 +52,8 @@ from fewstep.platform.registry import resolve
 from fewstep.platform.trajectories import write_rollouts
 
 MODEL_FAMILY = "block-diffusion"
-# Where and how a run is recorded is no part of what it computes.
-UNTRACKED = {
-    "tracking_uri": None, "require_tracking": True, "experiment": "", "register_as": "", "keep_models": 1,
-    "traces_per_step": 0.0, "layout": "auto",
-}  # fmt: skip
+# Weights and data are told by their digests; which node an actor is on changes nothing it computes.
+_TOLD_APART = ("model", "replay", "layout")
 
 
 def command(config: RefineConfig) -> None:
@@ -258,10 +254,9 @@ def _upkeep(engines: Engines, verifier: Verifier) -> dict[str, Any]:
 
 
 def _fingerprint(config: RefineConfig, weights: str, data: Sequence[str]) -> str:
-    """Configuration, starting weights and data; where a run is kept is not part of what it computes."""
-    own = {"out": Path(), "resume": True, "model": "", "replay": None}
-    kept = config.model_copy(update={**own, **UNTRACKED})
-    return f"{weights} {state_digest(data)} {kept.model_dump_json()}"
+    """Configuration, starting weights and data."""
+    kept = config.model_dump_json(exclude={*RECORDING, *_TOLD_APART})
+    return f"{weights} {state_digest(data)} {kept}"
 
 
 def _starting_point(

@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from fewstep.pipelines.run_record import INCIDENTAL, RunRecord
+from fewstep.pipelines.run_record import RunRecord
 from fewstep.pipelines.run_table import duration
+from fewstep.pipelines.settings import RECORDING
 from fewstep.platform.tracking import flatten_params
 
 _GIB = 2**30
@@ -122,7 +123,7 @@ def _unusual(record: RunRecord) -> dict[str, str]:
     return {
         key: value
         for key, value in record.config.items()
-        if key.partition(".")[0] not in (*INCIDENTAL, "model") and defaults.get(key) != value
+        if key.partition(".")[0] not in (*RECORDING, "model") and defaults.get(key) != value
     }
 
 
