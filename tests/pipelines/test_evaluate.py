@@ -15,6 +15,7 @@ import torch
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
+from fewstep.actors.judges import JudgeChoice
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import embedded_model, load_model, save_model
@@ -477,6 +478,8 @@ def test_greedy_and_sampled_policies_share_the_reference() -> None:
 
 class Broken:
     """A verifier whose host fails."""
+
+    judge = JudgeChoice().build()
 
     def verify(self, answers: Sequence[tuple[Task, str]]) -> list[Verdict]:
         return [Verdict("sandbox_error", 0.0, (), 0.0, "none", "no zygote") for _ in answers]
