@@ -218,15 +218,20 @@ def sequential_point(points: Sequence[FrontierPoint]) -> FrontierPoint:
     raise ValueError("the frontier has no point at one token per step")
 
 
+def reaches(pass_at_1: float, bar: float) -> bool:
+    """Whether a pass@1 is at a bar or above; a bar is a difference, and its last digits are arithmetic, not quality."""
+    return pass_at_1 >= bar - _ROUNDING
+
+
 def cheapest_within(points: Sequence[FrontierPoint], bar: float) -> FrontierPoint | None:
     """The point with the fewest forwards per answer whose pass@1 reaches `bar`; None where none does."""
-    good = [point for point in points if point.pass_at_1 >= bar - _ROUNDING]
+    good = [point for point in points if reaches(point.pass_at_1, bar)]
     return min(good, key=lambda point: (point.forwards_per_answer, -point.pass_at_1), default=None)
 
 
-def quality_bar(points: Sequence[FrontierPoint]) -> float:
+def quality_bar(reference: FrontierPoint) -> float:
     """pass@1 that counts as equally good: the reference's, less `TOLERANCE`."""
-    return max(0.0, sequential_point(points).pass_at_1 - TOLERANCE)
+    return max(0.0, reference.pass_at_1 - TOLERANCE)
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,8 @@ def compare(before: Sequence[FrontierPoint], after: Sequence[FrontierPoint]) -> 
     """Both models held to the same bar. Raises ValueError on frontiers over different numbers of tasks."""
     if len({point.num_tasks for point in (*before, *after)}) != 1:
         raise ValueError("frontiers over different numbers of tasks cannot be compared")
-    sequential, bar = sequential_point(before), quality_bar(before)
+    sequential = sequential_point(before)
+    bar = quality_bar(sequential)
     rival, refined = cheapest_within(before, bar) or sequential, cheapest_within(after, bar)
     if refined is None:
         return Speedup(bar, sequential, rival, None, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer
 from fewstep.actors.trainer import Metrics
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, answer, summarise
+from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, answer, reaches, summarise
 from fewstep.pipelines.rollouts import State, rollout_policy
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSource
@@ -40,11 +41,23 @@ class Standing:
     best_pass_at_1: float = 0.0
 
 
+def best_folder(folder: Path, step: int) -> Path:
+    """The model that looked best as of a step."""
+    return folder / f"step_{step:05d}"
+
+
+def keep_best(folder: Path, standing: Standing) -> None:
+    """Removes what looked best before; called once a checkpoint that no longer names it is written."""
+    for path in folder.glob("step_*"):
+        if path != best_folder(folder, standing.best_step):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class HeldOutChecks:
     """Asks the replicas' model the watched tasks, greedily, at the threshold of the rollouts.
 
     Args:
-        folder: where the best weights are kept, as a model.
+        folder: where the best weights are kept, as a model a step: a checkpoint that is gone back to names an earlier one.
     """
 
     def __init__(
@@ -78,13 +91,13 @@ class HeldOutChecks:
         policy = rollout_policy(self._config, threshold).model_copy(update={"temperature": 0.0})
         point = self._measure(policy)
         standing.looked_at = step
-        standing.holds = standing.bar is None or point.pass_at_1 >= standing.bar - 1e-9
+        standing.holds = standing.bar is None or reaches(point.pass_at_1, standing.bar)
         standing.losses = 0 if standing.holds else standing.losses + 1
         rank = (point.forwards_per_answer, -point.pass_at_1)
         if standing.holds and rank < (standing.best_forwards, -standing.best_pass_at_1):
             standing.best_step, standing.best_forwards = step, point.forwards_per_answer
             standing.best_pass_at_1 = point.pass_at_1
-            save_model(self._folder, dict(state), self._model, self._tokenizer)
+            save_model(best_folder(self._folder, step), dict(state), self._model, self._tokenizer)
         return {
             "held_out/pass_at_1": point.pass_at_1,
             "held_out/forwards_per_answer": point.forwards_per_answer,

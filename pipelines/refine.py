@@ -43,7 +43,7 @@ from fewstep.platform.trajectories import write_rollouts
 
 PASS_RATE_MEMORY = 0.8  # of the moving pass rate, per step
 BEST = "best"
-"""Folder of the weights that looked best on held-out tasks."""
+"""Folder of the weights that looked best on held-out tasks, by step."""
 
 
 @dataclass(frozen=True)

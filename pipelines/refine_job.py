@@ -23,7 +23,7 @@ from fewstep.kernels.model.checkpoint import load_state, load_tokenizer, save_mo
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.exported_models import ExportedModels
 from fewstep.pipelines.frontier import Generate, measure
-from fewstep.pipelines.held_out_checks import Standing
+from fewstep.pipelines.held_out_checks import Standing, best_folder, keep_best
 from fewstep.pipelines.models import model_folder
 from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.objectives.credit import RefineObjective
@@ -285,12 +285,20 @@ def _saver(
         example=job.source.held_out[0].task.prompt, source=job.origin,
     )  # fmt: skip
 
+    kept: dict[str, Any] = {}
+
     def save(progress: Progress) -> None:
+        nonlocal kept
+        values = asdict(progress)
+        if values == kept:  # the last step ended in a checkpoint
+            return
         with atomic_folder(config.out / "checkpoint") as folder:
             trainer.save(folder.resolve())
-            write_progress(folder, job.fingerprint, asdict(progress))
+            write_progress(folder, job.fingerprint, values)
+        keep_best(config.out / BEST, progress.standing)
         policy = rollout_policy(config, progress.threshold)
         exports.add(trainer.state(), progress.step, policy, progress.history)
+        kept = values
 
     return save
 
@@ -301,7 +309,7 @@ def _publish(config: RefineConfig, job: _Job, workers: Workers, progress: Progre
     state, step = workers.trainer.state(), progress.step
     best = progress.standing.best_step
     if 0 <= best < step:
-        state, step = load_state(config.out / BEST, job.model), best
+        state, step = load_state(best_folder(config.out / BEST, best), job.model), best
         print(f"the weights of step {best} looked best on held-out tasks and are kept", flush=True)
     workers.push(state, WeightVersion(run_id, step, ""))
     save_model(config.out / "model", state, job.model, job.tokenizer, job.origin)
