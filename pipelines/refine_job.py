@@ -24,7 +24,7 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.exported_models import ExportedModels
 from fewstep.pipelines.frontier import Generate, measure
 from fewstep.pipelines.held_out_checks import Standing, best_folder, keep_best
-from fewstep.pipelines.models import model_folder
+from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.objectives.credit import RefineObjective
 from fewstep.pipelines.policy_update import Trainer
@@ -44,14 +44,13 @@ from fewstep.pipelines.rollouts import check_recorded, rollout_policy
 from fewstep.pipelines.settings import RECORDING, RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
-from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest
+from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest, weights_digest
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import FrontierPoint, Rollout, WeightVersion
 from fewstep.platform.registry import resolve
 from fewstep.platform.trajectories import write_rollouts
 
-MODEL_FAMILY = "block-diffusion"
 # Weights and data are told by their digests; which node an actor is on changes nothing it computes.
 _TOLD_APART = ("model", "replay", "layout")
 
@@ -129,7 +128,7 @@ class _Job:
 
     def __init__(self, config: RefineConfig, stack: ExitStack) -> None:
         self.config, self._stack = config, stack
-        self.folder = model_folder(config.model, config.tracking_uri or "")
+        self.address, self.folder = pinned_model(config.model, config.tracking_uri or "")
         # Chat template, generation settings and whatever else came with the user's checkpoint stays with it.
         self.origin = self.folder if config.model else None
         self.model = ModelConfig.load(self.folder)
@@ -148,7 +147,7 @@ class _Job:
 
     def open_tracker(self, *, resumed: bool, tags: Mapping[str, str]) -> MlflowTracker:
         """The run's record, and what it says of this job."""
-        facts = _run_facts(self.config, self.source, self._hosts) | dict(tags)
+        facts = self._facts() | dict(tags)
         tracker = self._stack.enter_context(
             open_tracker(self.config, self.source, resumed=resumed, tags=facts)
         )
@@ -161,6 +160,18 @@ class _Job:
             for node, sample in self._nodes.samples():
                 tracker.watch(node, sample)
         return tracker
+
+    def _facts(self) -> dict[str, str]:
+        """Tags that only this job knows."""
+        return {
+            "model.family": self.model.family,
+            "model.source": self.address,
+            "model.source_digest": weights_digest(self.folder),
+            "data.digest": state_digest(self.source.digests.values()),
+            "machine.accelerator": accelerator(),
+            "machine.hosts": json.dumps(self._hosts),
+            "machine.num_hosts": str(len(self._hosts)),
+        }
 
 
 def _recorded(config: RefineConfig) -> list[str]:
@@ -187,18 +198,6 @@ def make_objective(config: RefineConfig) -> RefineObjective:
             str(error),
         ) from error
     return objective
-
-
-def _run_facts(config: RefineConfig, source: TaskSource, hosts: Mapping[str, str]) -> dict[str, str]:
-    """Tags that only this job knows."""
-    return {
-        "model.family": MODEL_FAMILY,
-        "model.started_from": config.model or "embedded",
-        "data.digest": state_digest(source.digests.values()),
-        "machine.accelerator": accelerator(),
-        "machine.hosts": json.dumps(hosts),
-        "machine.num_hosts": str(len(hosts)),
-    }
 
 
 @contextmanager

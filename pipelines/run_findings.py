@@ -110,7 +110,7 @@ def limits_of(record: RunRecord) -> list[str]:
 
 def _what_changed(record: RunRecord) -> str:
     started = (
-        (record.stored.tags.get("model.started_from") if record.stored else None)
+        (record.stored.tags.get("model.source") if record.stored else None)
         or record.config.get("model")
         or ""
     )
