@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
 from fewstep.actors.judges import Judge, JudgeChoice, Tests
-from fewstep.actors.placement import require_room
+from fewstep.actors.placement import on_node, require_room
 from fewstep.actors.sandbox.sandbox import Limits, Sandbox, require_layers
 from fewstep.platform.errors import ActorDied
 from fewstep.platform.records import Task, Verdict
@@ -162,6 +162,7 @@ class VerifierPool:
         limits: ceilings of every program.
         judge: what is asked of an answer.
         require: isolation layers that must be in force on every worker's host.
+        node_ids: where each worker starts while that node lives; empty = where Ray finds room.
     Raises:
         ResourceError: the cluster has too few free CPUs, says how many are free; or a host cannot isolate as asked.
         ConfigError: an unknown judge or option.
@@ -175,22 +176,26 @@ class VerifierPool:
         limits: Limits | None = None,
         judge: JudgeChoice = TESTS,
         require: Sequence[str] = (),
+        node_ids: Sequence[str] = (),
     ) -> None:
         import ray
 
+        if node_ids and len(node_ids) != num_workers:
+            raise ValueError(f"{len(node_ids)} nodes for {num_workers} verifiers")
         self.judge = judge.build()
         require_room("verifiers", num_workers, num_cpus)
-        self._ray = ray
+        self._ray: Any = ray
         self._arguments = (limits or Limits(), judge)
         # Two at once: a worker says who it is while it judges. Its sandbox takes one program at a time anyway.
-        self._actor: Any = ray.remote(VerifierWorker).options(
+        self._actor: Any = self._ray.remote(
             num_cpus=num_cpus, max_restarts=0, max_task_retries=0, max_concurrency=2
-        )
+        )(VerifierWorker)
+        self._node_ids = tuple(node_ids) or (None,) * num_workers
         self._workers: list[Any] = []
         self.replaced = 0
         try:
-            for _ in range(num_workers):
-                self._workers.append(self._actor.remote(*self._arguments))
+            for index in range(num_workers):
+                self._workers.append(self._spawn(index))
             self._layers = [layers for _, layers in self._describe()]
             for layers in self._layers:
                 require_layers(layers, require)
@@ -259,9 +264,12 @@ class VerifierPool:
             raise ActorDied("verifier", str(error)) from error
         return {language: reason for reasons in found for language, reason in reasons.items()}
 
+    def _spawn(self, worker: int) -> Any:
+        return self._actor.options(**on_node(self._node_ids[worker])).remote(*self._arguments)
+
     def _replace(self, worker: int, cause: Exception) -> None:
         _log.warning("verifier %d died and is replaced: %s", worker, str(cause).strip().splitlines()[0])
-        self._workers[worker] = self._actor.remote(*self._arguments)
+        self._workers[worker] = self._spawn(worker)
         self.replaced += 1
 
     def close(self) -> None:

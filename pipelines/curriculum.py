@@ -18,6 +18,7 @@ from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.corpus import Corpus
 from fewstep.pipelines.corruption import Sample, Tokens, edit_state, mask_states
 from fewstep.pipelines.packing import Piece
+from fewstep.pipelines.schedule import rate_share
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.vocabulary import encode_pair, family_ids
@@ -55,9 +56,7 @@ def plan_step(config: PretrainConfig, step: int) -> Plan:
         if done < edge - 1e-9:
             phase = candidate
             break
-    rate = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.decay_share:
-        rate = min(rate, (1.0 - done) / config.decay_share)
+    rate = rate_share(step, done, warmup_steps=config.warmup_steps, decay_share=config.decay_share)
     low, high = phase.mask_rates or (config.min_mask_rate, 1.0)
     rising = step < config.rate_warmup_steps
     if rising:
@@ -156,26 +155,36 @@ class CorpusBatches:
 
     def _sample(self, plan: Plan, position: int) -> SampleRows:
         draws = generator("pretrain-corpus", self._config.seed, position)
-        number = self.sequence(position)
-        for step in range(len(self._corpus)):
-            pieces = self._corpus[(number + step) % len(self._corpus)]
-            samples = [sample for piece in pieces if (sample := self._learned(piece, plan)) is not None]
-            if samples:
-                return SampleRows.pack([self._corruption.rows(sample, plan, draws) for sample in samples])
-        raise ConfigError(
-            "data", str(self._corpus.folder), "a corpus with something to learn", "prepare longer documents"
-        )
+        samples = learned_samples(self._corpus, self.sequence(position), self._model, plan.block_size)
+        return SampleRows.pack([self._corruption.rows(sample, plan, draws) for sample in samples])
 
-    def _learned(self, piece: Piece, plan: Plan) -> Sample | None:
-        """A piece as a sample; None where nothing of it can be predicted."""
-        tokens = piece.tokens.astype(np.int64)
-        # With shifted logits no row predicts the first token.
-        num_prompt = max(piece.num_prompt, int(self._model.logit_shift))
-        if num_prompt >= len(tokens):
-            return None
-        if not piece.complete:  # no end to fill up with; the document goes on in another sequence
-            return Sample(tokens, num_prompt)
-        return Sample.padded(tokens, num_prompt, plan.block_size, self._model.eos_token_id)
+
+def learned_samples(corpus: Corpus, number: int, model: ModelConfig, block_size: int) -> list[Sample]:
+    """The pieces of a sequence that have something to predict; of the next such sequence where it has none.
+
+    Raises:
+        ConfigError: no sequence has any.
+    """
+    for step in range(len(corpus)):
+        pieces = corpus[(number + step) % len(corpus)]
+        samples = [sample for piece in pieces if (sample := _learned(piece, model, block_size)) is not None]
+        if samples:
+            return samples
+    raise ConfigError(
+        "data", str(corpus.folder), "a corpus with something to learn", "prepare longer documents"
+    )
+
+
+def _learned(piece: Piece, model: ModelConfig, block_size: int) -> Sample | None:
+    """A piece as a sample; None where nothing of it can be predicted."""
+    tokens = piece.tokens.astype(np.int64)
+    # With shifted logits no row predicts the first token.
+    num_prompt = max(piece.num_prompt, int(model.logit_shift))
+    if num_prompt >= len(tokens):
+        return None
+    if not piece.complete:  # no end to fill up with; the document goes on in another sequence
+        return Sample(tokens, num_prompt)
+    return Sample.padded(tokens, num_prompt, block_size, model.eos_token_id)
 
 
 def ordinary_ids(tokenizer: Tokenizer, model: ModelConfig) -> Tokens:

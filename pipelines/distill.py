@@ -22,18 +22,19 @@ from fewstep.actors.trainer import Metrics, TrainerGroup
 from fewstep.kernels.model.checkpoint import load_model, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import NO_TARGET, SampleRows
-from fewstep.pipelines.corpus import TOKENIZER, Corpus
+from fewstep.pipelines.corpus import Corpus
 from fewstep.pipelines.corruption import EDIT_RATE_CAP, Sample, Tokens
-from fewstep.pipelines.curriculum import normalised, ordinary_ids
+from fewstep.pipelines.curriculum import learned_samples, normalised, ordinary_ids
 from fewstep.pipelines.distill_settings import DistillConfig
 from fewstep.pipelines.free_orders import FreeOrders
-from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.order_pool import Order, draw_orders, fill_pool, read_pool
+from fewstep.pipelines.pretrain_start import Start, check_data, given_model, job_fingerprint, open_corpus
 from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.schedule import rate_share
 from fewstep.pipelines.tasks.family import Specification, draw_specification, render_body
-from fewstep.pipelines.tasks.vocabulary import build_tokenizer, encode_pair
+from fewstep.pipelines.tasks.vocabulary import encode_pair
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
-from fewstep.platform.artifacts import atomic_folder, file_digest, weights_digest
+from fewstep.platform.artifacts import atomic_folder, file_digest
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.rng import generator
 from fewstep.platform.tracking import Tracker
@@ -46,12 +47,18 @@ REPORT_EVERY = 20
 class Teacher:
     """The model that draws the orders and learns from them, and its texts."""
 
+    start: Start
     folder: Path
-    address: str
-    model: ModelConfig
-    tokenizer: Tokenizer
     corpus: Corpus | None
     fingerprint: str
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.start.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.start.tokenizer
 
 
 def run(config: DistillConfig) -> None:
@@ -68,7 +75,7 @@ def run(config: DistillConfig) -> None:
         kind="distill", config=config, out=config.out, tracking_uri=config.tracking_uri, experiment=config.experiment,
         description="Constrained-order training on the likeliest orders of opening.",
         resumed=saved is not None, required=config.require_tracking,
-        tags={"machine.accelerator": accelerator(), "model.family": teacher.model.family, "model.source": teacher.address},
+        tags={"machine.accelerator": accelerator(), "model.family": teacher.model.family, "model.source": teacher.start.address, "model.source_digest": teacher.start.digest},
     )  # fmt: skip
     with tracked_run(plan) as tracker:
         _fill(config, teacher)
@@ -95,42 +102,20 @@ def find_teacher(config: DistillConfig) -> Teacher:
     """The model and its texts, checked against each other.
 
     Raises:
-        ConfigError: a model that is not block-causal, or data in other tokens.
+        UserError: a model that is not block-causal or cannot be loaded, or data that do not fit it (`check_data`).
     """
-    address, folder = pinned_model(config.model, config.tracking_uri or "")
-    model, tokenizer = ModelConfig.load(folder), Tokenizer.from_file(str(folder / TOKENIZER))
-    if model.attention_kind != "block_causal":
+    corpus = open_corpus(config.data)
+    start = given_model(config.model, config.tracking_uri or "")
+    if start.model.attention_kind != "block_causal":
         raise ConfigError(
             "model",
-            f"{address}, a {model.attention_kind} model",
+            f"{start.address}, a {start.model.attention_kind} model",
             "a block-causal model",
             "choose another model",
         )
-    corpus = Corpus(Path(config.data)) if config.data else None
-    matching = (
-        file_digest(folder / TOKENIZER) == corpus.manifest["tokenizer"]
-        if corpus is not None
-        else tokenizer.to_str() == build_tokenizer().to_str()
-    )
-    if not matching:
-        raise ConfigError(
-            "data", config.data or "nothing", f"a corpus made with the tokenizer of {address}",
-            "run fewstep prepare with this model as tokenizer",
-        )  # fmt: skip
-    outside = {
-        "out": Path(),
-        "resume": True,
-        "tracking_uri": None,
-        "require_tracking": True,
-        "experiment": "",
-    }
-    parts = (
-        config.model_copy(update=outside).model_dump_json(),
-        weights_digest(folder),
-        corpus.digest if corpus is not None else "",
-    )
-    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return Teacher(folder, address, model, tokenizer, corpus, fingerprint)
+    check_data(start, corpus, [start.model.block_size], "model")
+    assert start.source is not None
+    return Teacher(start, start.source, corpus, job_fingerprint(config, start, corpus))
 
 
 def specification_of(config: DistillConfig, number: int) -> Specification:
@@ -143,7 +128,11 @@ def specification_of(config: DistillConfig, number: int) -> Specification:
 
 
 def text_of(config: DistillConfig, teacher: Teacher, number: int) -> Sample:
-    """The text of a sample: a pair of the family, or the first learnable piece of a sequence of the corpus."""
+    """The text of a sample: a pair of the family, or a piece of a sequence of the corpus.
+
+    Raises:
+        ConfigError: a corpus with nothing to learn.
+    """
     draws = generator("distill-text", config.seed, number)
     size, end = teacher.model.block_size, teacher.model.eos_token_id
     if teacher.corpus is None:
@@ -152,12 +141,9 @@ def text_of(config: DistillConfig, teacher: Teacher, number: int) -> Sample:
             teacher.tokenizer, specification.prompt, render_body(specification, draws)
         )
         return Sample.padded(tokens, num_prompt, size, end)
-    while True:
-        pieces = teacher.corpus[int(draws.integers(len(teacher.corpus)))]
-        piece = pieces[int(draws.integers(len(pieces)))]
-        num_prompt = max(piece.num_prompt, int(teacher.model.logit_shift))
-        if num_prompt < len(piece.tokens):
-            return Sample.padded(piece.tokens.astype(np.int64), num_prompt, size, end)
+    number = int(draws.integers(len(teacher.corpus)))
+    samples = learned_samples(teacher.corpus, number, teacher.model, size)
+    return samples[int(draws.integers(len(samples)))]
 
 
 def _fill(config: DistillConfig, teacher: Teacher) -> None:
@@ -238,9 +224,7 @@ def _train(
     path.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= first))
     for step in range(first, config.steps):
         done = step / config.steps
-        rate = min(1.0, (step + 1) / max(1, config.warmup_steps))
-        if config.decay_share:
-            rate = min(rate, (1.0 - done) / config.decay_share)
+        rate = rate_share(step, done, warmup_steps=config.warmup_steps, decay_share=config.decay_share)
         batch = draw_batch(config, teacher.model, vocabulary, orders, step)
         metrics = trainer.update(batch, config.learning_rate * rate)
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == config.steps:

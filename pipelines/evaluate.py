@@ -42,6 +42,7 @@ from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.progress import read_progress, write_progress
 from fewstep.pipelines.repair import compare_repairs, corrupted, measure_repair
 from fewstep.pipelines.self_test import refuse_misjudged, self_test
+from fewstep.pipelines.settings import RECORDING
 from fewstep.pipelines.tasks.benchmark import Benchmark, unrunnable
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
 from fewstep.pipelines.tasks.choice import BenchmarkChoice
@@ -53,7 +54,7 @@ from fewstep.platform.tracking import Tracker
 
 OpenEngine = Callable[[Subject], AbstractContextManager[Generate]]
 # Where the answers are computed and kept changes none of them.
-_FREE = ("out", "resume", "tracking_uri", "experiment", "num_replicas", "replica_cpus", "max_sequences", "num_verifiers", "k", "model", "compare", "baseline")  # fmt: skip
+_FREE = (*RECORDING, "num_replicas", "replica_cpus", "max_sequences", "num_verifiers", "k", "model", "compare", "baseline")  # fmt: skip
 
 
 def run(config: EvaluateConfig) -> None:

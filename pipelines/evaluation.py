@@ -6,9 +6,7 @@ or not at all; an interrupted evaluation reads what is there and goes on behind 
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,21 +15,20 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from fewstep.actors.engine.request import Request
-from fewstep.actors.engine.text import decode
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import Verifier
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.evaluation_settings import EvaluateConfig
-from fewstep.pipelines.frontier import SEQUENTIAL, Generate
+from fewstep.pipelines.frontier import SEQUENTIAL, Generate, answer, refuse_broken
 from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion
 from fewstep.pipelines.tasks.prepared import Prepared, prompt_tokens
-from fewstep.platform.errors import FewstepError, RequestError
+from fewstep.platform.errors import RequestError
 from fewstep.platform.records import DecodePolicy, Outcome, Rollout, Task
 from fewstep.platform.rng import derive_seed
 from fewstep.platform.trajectories import read_metadata, read_rollouts, write_rollouts
 
-MAX_SANDBOX_ERRORS = 0.05
-"""Share of verdicts that may be the platform's own failure before a measurement is worth nothing."""
+_FORGIVEN = 3
+"""Failures of the verifier that a part is saved with, however small; the whole measurement forgives none."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def measure_policy(
             f"  {policy.label():<16} {done:>5}/{len(prepared)} tasks  {passed:.3f} passed  {seconds:.1f} s",
             flush=True,
         )
-    _refuse_broken(benchmark, answers)
+    refuse_broken([(answer.outcome, answer.detail) for answer in answers], benchmark.name)
     return Measured(policy, answers, seconds)
 
 
@@ -204,7 +201,7 @@ def _answer_part(
     generate: Generate,
     verifier: Verifier,
 ) -> None:
-    """Generates, reads, judges and saves."""
+    """Generates, reads, judges and saves; a part that the verifier broke on is not saved, and so is asked again."""
     jobs = [
         (item, seed, sample) for item in part for seed in config.seeds for sample in range(config.num_samples)
     ]
@@ -212,23 +209,19 @@ def _answer_part(
     for number, (item, seed, sample) in enumerate(jobs):
         keyed = derive_seed("evaluate", benchmark.name, item.task.task_id, seed, sample)
         requests.append(item.request(str(number), policy.model_copy(update={"seed": keyed})))
-    start = time.perf_counter()
-    trajectories = generate(requests)
-    seconds = time.perf_counter() - start
-    texts = [decode(subject.tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
-    answers = [
-        (item.task, benchmark.answers.read(item.task, text))
-        for (item, _, _), text in zip(jobs, texts, strict=True)
-    ]
-    verdicts = verifier.verify(answers)
+    tasks = [item.task for item, _, _ in jobs]
+    found = answer(
+        tasks, requests, generate, verifier.verify, subject.tokenizer, benchmark.answers,
+        what=benchmark.name, forgiven=_FORGIVEN,
+    )  # fmt: skip
     rollouts = [
-        Rollout(item.task.task_id, seed, sample, text, trajectory, verdict, reward=verdict.score)
-        for (item, seed, sample), text, trajectory, verdict in zip(
-            jobs, texts, trajectories, verdicts, strict=True
-        )
+        Rollout(task.task_id, seed, sample, text, trajectory, verdict, reward=verdict.score)
+        for (_, seed, sample), (task, text, trajectory, verdict) in zip(jobs, found.rows(tasks), strict=True)
     ]
     facts = {"model": subject.identity, "benchmark": benchmark.name, "digest": benchmark.digest}
-    write_rollouts(path, rollouts, {**facts, "policy": policy.model_dump(mode="json"), "seconds": seconds})
+    write_rollouts(
+        path, rollouts, {**facts, "policy": policy.model_dump(mode="json"), "seconds": found.seconds}
+    )
 
 
 def _pairs(part: Sequence[Prepared], rollouts: Sequence[Rollout]) -> list[tuple[Task, Rollout]]:
@@ -266,15 +259,6 @@ def _row(
         text=rollout.text,
         answer=benchmark.answers.read(task, rollout.text),
     )
-
-
-def _refuse_broken(benchmark: Benchmark, answers: Sequence[Answer]) -> None:
-    broken = [answer for answer in answers if answer.outcome == "sandbox_error"]
-    if len(broken) > MAX_SANDBOX_ERRORS * len(answers):
-        most = Counter(answer.detail for answer in broken).most_common(1)[0][0]
-        raise FewstepError(
-            f"{benchmark.name}: the verifier itself failed on {len(broken)} of {len(answers)} answers: {most}"
-        )
 
 
 def without(benchmark: Benchmark, excluded: Sequence[Exclusion]) -> Benchmark:

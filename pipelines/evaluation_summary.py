@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fewstep.pipelines.evaluation import Answer, Measured
-from fewstep.pipelines.frontier import TOLERANCE, accuracy_under_parallelism, cheapest_within
+from fewstep.pipelines.frontier import accuracy_under_parallelism, cheapest_within, quality_bar
 from fewstep.pipelines.significance import (
     Interval,
     PairedTest,
@@ -139,7 +139,7 @@ def summarise_frontier(
     summaries = [summarise_policy(one, benchmark, ks) for one in measured]
     points = [summary.point for summary in summaries]
     summaries = [replace(summary, dominated=_dominated(summary.point, points)) for summary in summaries]
-    bar = max(0.0, points[0].pass_at_1 - TOLERANCE)
+    bar = quality_bar(points[0])
     chosen = cheapest_within(points, bar) or points[0]
     cheapest = next(summary for summary in summaries if summary.point is chosen)
     return FrontierSummary(

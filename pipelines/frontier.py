@@ -9,9 +9,8 @@ after the end of sequence do not count.
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,8 +21,10 @@ from fewstep.actors.engine.request import Request
 from fewstep.actors.engine.text import decode
 from fewstep.pipelines.tasks.answer_format import PLAIN, AnswerFormat
 from fewstep.pipelines.tasks.prepared import Prepared
-from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout, Task, Trajectory, Verdict
+from fewstep.platform.errors import FewstepError
+from fewstep.platform.records import DecodePolicy, FrontierPoint, Outcome, Rollout, Task, Trajectory, Verdict
 from fewstep.platform.rng import derive_seed
+from fewstep.platform.rollout_trace import EXTRACT, GENERATE, VERIFY, Clock, Window
 
 Generate = Callable[[Sequence[Request]], list[Trajectory]]
 Verify = Callable[[Sequence[tuple[Task, str]]], list[Verdict]]
@@ -33,6 +34,8 @@ SEQUENTIAL = DecodePolicy(kind="static", tokens_per_step=1)
 """One token per step: the slowest policy, and the reference every other one is held against."""
 TOLERANCE = 0.01
 """How far below the reference's pass@1 a policy may fall and still count as equally good."""
+MAX_SANDBOX_ERRORS = 0.05
+"""Share of verdicts that may be the verifier's own failure before what is made of them is worth nothing."""
 # 0.95 - 0.01 is a hair above 0.94 in binary; a share of at most 10^6 tasks never differs from the bar by less.
 _ROUNDING = 1e-9
 
@@ -41,6 +44,78 @@ def is_sequential(policy: DecodePolicy) -> bool:
     """Whether a policy is the reference: greedy, one token per step, without a limit of steps."""
     one_by_one = policy.kind == "static" and policy.tokens_per_step == 1
     return one_by_one and policy.max_steps_per_block is None and policy.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers in the order they were asked for, judged.
+
+    Attributes:
+        texts: completions as the model wrote them; what was read of them is judged.
+        windows: when each stage began and ended.
+    """
+
+    texts: list[str]
+    trajectories: list[Trajectory]
+    verdicts: list[Verdict]
+    windows: Mapping[str, Window]
+
+    @property
+    def seconds(self) -> float:
+        """Of generation."""
+        return self.windows[GENERATE].seconds
+
+    def rows(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, str, Trajectory, Verdict]]:
+        """One answer after the other, each with its task."""
+        return zip(tasks, self.texts, self.trajectories, self.verdicts, strict=True)
+
+
+def answer(
+    tasks: Sequence[Task],
+    requests: Sequence[Request],
+    generate: Generate,
+    verify: Verify,
+    tokenizer: Tokenizer,
+    answers: AnswerFormat,
+    *,
+    what: str,
+    forgiven: int = 0,
+) -> Answered:
+    """Generate, decode, read, judge; a verifier that fails is no lost quality.
+
+    Args:
+        tasks: one for each request.
+        what: the answers' name in the message.
+        forgiven: failures of the verifier that are let pass in any case.
+    Raises:
+        FewstepError: as `refuse_broken`.
+    """
+    clock = Clock()
+    trajectories = generate(requests)
+    clock.lap(GENERATE)
+    texts = [decode(tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
+    jobs = [(task, answers.read(task, text)) for task, text in zip(tasks, texts, strict=True)]
+    clock.lap(EXTRACT)
+    verdicts = verify(jobs)
+    clock.lap(VERIFY)
+    refuse_broken([(verdict.outcome, verdict.detail) for verdict in verdicts], what, forgiven)
+    return Answered(texts, trajectories, verdicts, clock.windows)
+
+
+def refuse_broken(judged: Sequence[tuple[Outcome, str]], what: str, forgiven: int = 0) -> None:
+    """Checks that the verdicts are the verifier's.
+
+    Args:
+        judged: outcome and detail of each.
+    Raises:
+        FewstepError: it failed on more than `MAX_SANDBOX_ERRORS` of them, and on more than `forgiven`.
+    """
+    broken = [detail for outcome, detail in judged if outcome == "sandbox_error"]
+    if len(broken) > max(forgiven, MAX_SANDBOX_ERRORS * len(judged)):
+        most = Counter(broken).most_common(1)[0][0]
+        raise FewstepError(
+            f"{what}: the verifier itself failed on {len(broken)} of {len(judged)} answers: {most}"
+        )
 
 
 def measure(
@@ -67,6 +142,7 @@ def measure(
     Raises:
         ValueError: no tasks, or a task twice.
         RequestError: a prompt that the model cannot serve.
+        FewstepError: the verifier itself failed on more than `MAX_SANDBOX_ERRORS` of a policy's answers.
     """
     tasks = [one.task for one in asked]
     if not tasks or len({task.task_id for task in tasks}) != len(tasks):
@@ -75,16 +151,11 @@ def measure(
     points = []
     for number, policy in enumerate([SEQUENTIAL, *others], start=1):
         requests = [one.request(str(index), _keyed(policy, one.task)) for index, one in enumerate(asked)]
-        start = time.perf_counter()
-        trajectories = generate(requests)
-        seconds = time.perf_counter() - start
-        texts = [decode(tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
-        read = [answers.read(task, text) for task, text in zip(tasks, texts, strict=True)]
-        verdicts = verify(list(zip(tasks, read, strict=True)))
-        points.append(summarise(policy, trajectories, verdicts, seconds))
-        print(f"  {number:>2}/{len(others) + 1}  {one_line(points[-1])}  {seconds:.1f} s", flush=True)
+        found = answer(tasks, requests, generate, verify, tokenizer, answers, what=policy.label())
+        points.append(summarise(policy, found.trajectories, found.verdicts, found.seconds))
+        print(f"  {number:>2}/{len(others) + 1}  {one_line(points[-1])}  {found.seconds:.1f} s", flush=True)
         if observe is not None:
-            observe(points[-1], _rollouts(tasks, texts, trajectories, verdicts))
+            observe(points[-1], _rollouts(tasks, found))
     return points
 
 
@@ -93,17 +164,11 @@ def _keyed(policy: DecodePolicy, task: Task) -> DecodePolicy:
     return policy.model_copy(update={"seed": derive_seed("frontier", policy.seed, task.task_id)})
 
 
-def _rollouts(
-    tasks: Sequence[Task],
-    texts: Sequence[str],
-    trajectories: Sequence[Trajectory],
-    verdicts: Sequence[Verdict],
-) -> list[Rollout]:
+def _rollouts(tasks: Sequence[Task], found: Answered) -> list[Rollout]:
     """Measured, not trained on: each task is a group of one, and the reward is the score itself."""
-    columns = zip(tasks, texts, trajectories, verdicts, strict=True)
     return [
         Rollout(task.task_id, group, 0, text, trajectory, verdict, reward=verdict.score)
-        for group, (task, text, trajectory, verdict) in enumerate(columns)
+        for group, (task, text, trajectory, verdict) in enumerate(found.rows(tasks))
     ]
 
 
@@ -153,15 +218,20 @@ def sequential_point(points: Sequence[FrontierPoint]) -> FrontierPoint:
     raise ValueError("the frontier has no point at one token per step")
 
 
+def reaches(pass_at_1: float, bar: float) -> bool:
+    """Whether a pass@1 is at a bar or above; a bar is a difference, and its last digits are arithmetic, not quality."""
+    return pass_at_1 >= bar - _ROUNDING
+
+
 def cheapest_within(points: Sequence[FrontierPoint], bar: float) -> FrontierPoint | None:
     """The point with the fewest forwards per answer whose pass@1 reaches `bar`; None where none does."""
-    good = [point for point in points if point.pass_at_1 >= bar - _ROUNDING]
+    good = [point for point in points if reaches(point.pass_at_1, bar)]
     return min(good, key=lambda point: (point.forwards_per_answer, -point.pass_at_1), default=None)
 
 
-def quality_bar(points: Sequence[FrontierPoint]) -> float:
+def quality_bar(reference: FrontierPoint) -> float:
     """pass@1 that counts as equally good: the reference's, less `TOLERANCE`."""
-    return max(0.0, sequential_point(points).pass_at_1 - TOLERANCE)
+    return max(0.0, reference.pass_at_1 - TOLERANCE)
 
 
 @dataclass(frozen=True)
@@ -204,7 +274,8 @@ def compare(before: Sequence[FrontierPoint], after: Sequence[FrontierPoint]) -> 
     """Both models held to the same bar. Raises ValueError on frontiers over different numbers of tasks."""
     if len({point.num_tasks for point in (*before, *after)}) != 1:
         raise ValueError("frontiers over different numbers of tasks cannot be compared")
-    sequential, bar = sequential_point(before), quality_bar(before)
+    sequential = sequential_point(before)
+    bar = quality_bar(sequential)
     rival, refined = cheapest_within(before, bar) or sequential, cheapest_within(after, bar)
     if refined is None:
         return Speedup(bar, sequential, rival, None, None, None)

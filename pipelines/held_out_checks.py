@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fewstep.actors.engine.text import decode
 from fewstep.actors.trainer import Metrics
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.kernels.model.config import ModelConfig
-from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, summarise
+from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, answer, reaches, summarise
 from fewstep.pipelines.rollouts import State, rollout_policy
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSource
@@ -41,11 +41,23 @@ class Standing:
     best_pass_at_1: float = 0.0
 
 
+def best_folder(folder: Path, step: int) -> Path:
+    """The model that looked best as of a step."""
+    return folder / f"step_{step:05d}"
+
+
+def keep_best(folder: Path, standing: Standing) -> None:
+    """Removes what looked best before; called once a checkpoint that no longer names it is written."""
+    for path in folder.glob("step_*"):
+        if path != best_folder(folder, standing.best_step):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class HeldOutChecks:
     """Asks the replicas' model the watched tasks, greedily, at the threshold of the rollouts.
 
     Args:
-        folder: where the best weights are kept, as a model.
+        folder: where the best weights are kept, as a model a step: a checkpoint that is gone back to names an earlier one.
     """
 
     def __init__(
@@ -73,17 +85,19 @@ class HeldOutChecks:
 
         Args:
             state: the weights that are looked at.
+        Raises:
+            FewstepError: the verifier itself failed too often; that is no loss of quality.
         """
         policy = rollout_policy(self._config, threshold).model_copy(update={"temperature": 0.0})
         point = self._measure(policy)
         standing.looked_at = step
-        standing.holds = standing.bar is None or point.pass_at_1 >= standing.bar - 1e-9
+        standing.holds = standing.bar is None or reaches(point.pass_at_1, standing.bar)
         standing.losses = 0 if standing.holds else standing.losses + 1
         rank = (point.forwards_per_answer, -point.pass_at_1)
         if standing.holds and rank < (standing.best_forwards, -standing.best_pass_at_1):
             standing.best_step, standing.best_forwards = step, point.forwards_per_answer
             standing.best_pass_at_1 = point.pass_at_1
-            save_model(self._folder, dict(state), self._model, self._tokenizer)
+            save_model(best_folder(self._folder, step), dict(state), self._model, self._tokenizer)
         return {
             "held_out/pass_at_1": point.pass_at_1,
             "held_out/forwards_per_answer": point.forwards_per_answer,
@@ -98,7 +112,7 @@ class HeldOutChecks:
         return patience > 0 and standing.losses >= patience
 
     def _measure(self, policy: DecodePolicy) -> FrontierPoint:
-        asked, answers = self._source.watched, self._source.answers
+        asked = self._source.watched
         requests = [
             one.request(
                 str(index),
@@ -106,10 +120,9 @@ class HeldOutChecks:
             )
             for index, one in enumerate(asked)
         ]
-        trajectories = self._generate(requests)
-        texts = [decode(self._tokenizer, trajectory.completion_ids.tolist()) for trajectory in trajectories]
-        verdicts = self._verify(
-            [(one.task, answers.read(one.task, text)) for one, text in zip(asked, texts, strict=True)]
-        )
+        found = answer(
+            [one.task for one in asked], requests, self._generate, self._verify, self._tokenizer,
+            self._source.answers, what="held-out tasks looked at",
+        )  # fmt: skip
         # Tokens per second say nothing here: nobody reads them, and the batch is small.
-        return summarise(policy, trajectories, verdicts, seconds=1.0)
+        return summarise(policy, found.trajectories, found.verdicts, seconds=1.0)

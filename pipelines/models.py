@@ -36,8 +36,8 @@ def pinned_model(model: str, tracking_uri: str) -> tuple[str, Path]:
     """
     if not model.startswith("models:/"):
         return model or "embedded", model_folder(model, tracking_uri)
+    from fewstep.platform.mlflow_registry import find_model
     from fewstep.platform.mlflow_store import project_uri
-    from fewstep.platform.model_address import pinned_address
 
-    pinned = pinned_address(model, project_uri(tracking_uri))
-    return pinned, model_folder(pinned, tracking_uri)
+    found = find_model(model, project_uri(tracking_uri))
+    return found.address, found.folder

@@ -15,6 +15,7 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.estimators import Terms, clean_rows
 from fewstep.pipelines.objectives.credit import Credit, RefineObjective
+from fewstep.pipelines.schedule import rate_share
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.platform.rng import generator
 
@@ -97,10 +98,9 @@ def training_rows(
 
 def learning_rate(config: RefineConfig, step: int, done: float) -> float:
     """Linear warm-up, constant, then linear to a tenth."""
-    rate = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.decay_share:
-        rate = min(rate, max(0.1, (1.0 - done) / config.decay_share))
-    return config.learning_rate * rate
+    return config.learning_rate * rate_share(
+        step, done, warmup_steps=config.warmup_steps, decay_share=config.decay_share, floor=0.1
+    )
 
 
 def per_target(sums: Metrics) -> Metrics:

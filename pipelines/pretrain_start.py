@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
 from fewstep.pipelines.corpus import TOKENIZER, Corpus
 from fewstep.pipelines.curriculum import Batches, CorpusBatches, FamilyBatches
 from fewstep.pipelines.models import pinned_model
-from fewstep.pipelines.settings import ModelSize, PretrainConfig
+from fewstep.pipelines.settings import RECORDING, ModelSize, PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.vocabulary import EOS_ID, MASK, MASK_ID, PAD_ID, build_tokenizer
 from fewstep.platform.artifacts import file_digest, weights_digest
+from fewstep.platform.config import Config
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.rng import generator
 from fewstep.platform.tracking import Tracker
@@ -64,7 +66,7 @@ def find_start(config: PretrainConfig, corpus: Corpus | None) -> Start:
         start = Start(_fresh(config.size, tokenizer, MASK_ID, EOS_ID, PAD_ID), tokenizer, config.seed, "", "")
     else:
         start = _fresh_on(config, corpus)
-    _check_data(config, start, corpus)
+    check_data(start, corpus, [phase.block_size for phase in config.phases], "phases")
     return start
 
 
@@ -99,18 +101,30 @@ def example_of(start: Start, corpus: Corpus | None) -> str:
     return text
 
 
-def _given(config: PretrainConfig) -> Start:
-    address, folder = pinned_model(config.model, config.tracking_uri or "")
-    model = ModelConfig.load(folder)
-    if model.attention_kind == "causal":
+def given_model(model: str, tracking_uri: str) -> Start:
+    """A model that is there, to be trained on.
+
+    Args:
+        model: as `pinned_model` takes it.
+    Raises:
+        UserError: one that cannot be found or loaded, or that does not denoise.
+    """
+    address, folder = pinned_model(model, tracking_uri)
+    config = ModelConfig.load(folder)
+    if config.attention_kind == "causal":
         raise ConfigError(
             "model",
-            f"{config.model}, an autoregressive model",
+            f"{address}, an autoregressive model",
             "one that denoises",
             "run fewstep convert on it",
         )
-    check_weights(folder, model)
-    last = config.phases[-1].block_size
+    check_weights(folder, config)
+    return Start(config, load_tokenizer(folder, config), folder, weights_digest(folder), address)
+
+
+def _given(config: PretrainConfig) -> Start:
+    start = given_model(config.model, config.tracking_uri or "")
+    last, model = config.phases[-1].block_size, start.model
     if last != model.block_size or (model.attention_kind == "bidirectional" and len(config.phases) > 1):
         raise ConfigError(
             "phases",
@@ -118,7 +132,7 @@ def _given(config: PretrainConfig) -> Start:
             f"the last at the model's block size {model.block_size}",
             f"set phases=[{{block_size: {model.block_size}, share: 1}}]",
         )
-    return Start(model, load_tokenizer(folder, model), folder, weights_digest(folder), address)
+    return start
 
 
 def _fresh(size: ModelSize, tokenizer: Tokenizer, mask: int, eos: int, pad: int) -> ModelConfig:
@@ -144,7 +158,15 @@ def _fresh_on(config: PretrainConfig, corpus: Corpus) -> Start:
     return Start(_fresh(config.size, tokenizer, mask, eos, eos), tokenizer, config.seed, "", "")
 
 
-def _check_data(config: PretrainConfig, start: Start, corpus: Corpus | None) -> None:
+def check_data(start: Start, corpus: Corpus | None, block_sizes: Sequence[int], key: str) -> None:
+    """Checks that the data are in the model's tokens, fit its context, and end where blocks end.
+
+    Args:
+        corpus: None = pairs of the embedded family.
+        block_sizes: those trained at, which the key `key` of the configuration says.
+    Raises:
+        ConfigError: they do not.
+    """
     if corpus is None:
         if start.source is not None and start.tokenizer.to_str() != build_tokenizer().to_str():
             raise ConfigError(
@@ -154,7 +176,7 @@ def _check_data(config: PretrainConfig, start: Start, corpus: Corpus | None) -> 
         return
     if start.source is not None and file_digest(start.source / TOKENIZER) != corpus.manifest["tokenizer"]:
         raise ConfigError(
-            "data", f"{config.data}, made with another tokenizer", f"a corpus made with {config.model}'s",
+            "data", f"{corpus.folder}, made with another tokenizer", f"a corpus made with {start.address}'s",
             "run fewstep prepare with this model as tokenizer",
         )  # fmt: skip
     longest = int(corpus.manifest["sequence_tokens"])
@@ -163,17 +185,16 @@ def _check_data(config: PretrainConfig, start: Start, corpus: Corpus | None) -> 
             "data", f"sequences of {longest} tokens", f"at most the model's {start.model.max_position_embeddings}",
             "prepare with a smaller sequence_tokens",
         )  # fmt: skip
-    for phase in config.phases:
-        if longest % phase.block_size:
+    for block_size in block_sizes:
+        if longest % block_size:
             raise ConfigError(
-                "phases", f"block size {phase.block_size}", f"a divisor of the corpus's sequence_tokens {longest}",
+                key, f"block size {block_size}", f"a divisor of the corpus's sequence_tokens {longest}",
                 "change the block size, or prepare with another sequence_tokens",
             )  # fmt: skip
 
 
-def job_fingerprint(config: PretrainConfig, start: Start, corpus: Corpus | None) -> str:
-    """Configuration, data and starting weights; where a run is written and recorded is no part of what it computes."""
-    outside = {"tracking_uri": None, "require_tracking": True, "experiment": ""}
-    text = config.model_copy(update={"out": Path(), "resume": True, **outside}).model_dump_json()
+def job_fingerprint(config: Config, start: Start, corpus: Corpus | None) -> str:
+    """Configuration, data and starting weights of a job."""
+    text = config.model_dump_json(exclude=set(RECORDING))
     parts = (text, corpus.digest if corpus is not None else "", start.digest)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

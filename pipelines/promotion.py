@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fewstep.pipelines.frontier import Speedup
+from fewstep.pipelines.frontier import Speedup, reaches
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import FrontierPoint
 
@@ -35,7 +35,9 @@ class Mark:
     forwards_per_answer: float
 
     def covers(self, other: Mark) -> bool:
-        return self.forwards_per_answer <= other.forwards_per_answer and self.pass_at_1 >= other.pass_at_1
+        return self.forwards_per_answer <= other.forwards_per_answer and reaches(
+            self.pass_at_1, other.pass_at_1
+        )
 
     def text(self) -> str:
         return f"{self.pass_at_1:.3f} pass@1 at {self.forwards_per_answer:.2f} forwards ({self.label})"
@@ -119,7 +121,7 @@ def judge(candidate: Standing, champion: Standing | None) -> Judgement:
         ConfigError: the two were not measured on the same data.
     """
     if champion is None:
-        rivals = tuple(mark for mark in candidate.unrefined if mark.pass_at_1 >= candidate.bar)
+        rivals = tuple(mark for mark in candidate.unrefined if reaches(mark.pass_at_1, candidate.bar))
         rivals = (min(rivals, key=lambda mark: mark.forwards_per_answer),) if rivals else ()
         # At the bar, a point counts as equally good (frontier.py: TOLERANCE).
         goals = tuple(Mark(mark.label, candidate.bar, mark.forwards_per_answer) for mark in rivals)
@@ -157,7 +159,7 @@ def _record(point: FrontierPoint) -> dict[str, Any]:
 
 
 def _trade(candidate: Standing, goal: Mark) -> Trade:
-    return "speed" if any(mark.pass_at_1 >= goal.pass_at_1 for mark in candidate.marks) else "quality"
+    return "speed" if any(reaches(mark.pass_at_1, goal.pass_at_1) for mark in candidate.marks) else "quality"
 
 
 def _reasons(candidate: Standing, lost: Sequence[tuple[Trade, Mark]]) -> list[str]:
@@ -174,7 +176,7 @@ def _reasons(candidate: Standing, lost: Sequence[tuple[Trade, Mark]]) -> list[st
                 f"quality: {goal.text()} becomes at best {best.text()}; {loss:.3f} less, {note} two standard errors"
             )
         else:
-            able = [mark for mark in candidate.marks if mark.pass_at_1 >= goal.pass_at_1]
+            able = [mark for mark in candidate.marks if reaches(mark.pass_at_1, goal.pass_at_1)]
             best = min(able, key=lambda mark: mark.forwards_per_answer)
             lines.append(f"speed: {goal.text()} needs {best.forwards_per_answer:.2f} forwards ({best.label})")
     return sorted(lines)

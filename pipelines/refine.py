@@ -23,11 +23,10 @@ from fewstep.pipelines.frontier import Generate, Verify
 from fewstep.pipelines.held_out_checks import HeldOutChecks, Standing
 from fewstep.pipelines.objectives.credit import Credit, RefineObjective
 from fewstep.pipelines.policy_update import Trainer, train
-from fewstep.pipelines.rollout_samples import CREDIT, log_traces, spread
+from fewstep.pipelines.rollout_samples import log_traces, spread
 from fewstep.pipelines.rollouts import (
     Batch,
     Batches,
-    Clock,
     MadeAhead,
     MadeNow,
     Push,
@@ -38,12 +37,13 @@ from fewstep.pipelines.rollouts import (
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSource
 from fewstep.platform.records import Rollout, WeightVersion
+from fewstep.platform.rollout_trace import CREDIT, Clock
 from fewstep.platform.tracking import Tracker
 from fewstep.platform.trajectories import write_rollouts
 
 PASS_RATE_MEMORY = 0.8  # of the moving pass rate, per step
 BEST = "best"
-"""Folder of the weights that looked best on held-out tasks."""
+"""Folder of the weights that looked best on held-out tasks, by step."""
 
 
 @dataclass(frozen=True)

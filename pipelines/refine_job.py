@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -24,8 +23,8 @@ from fewstep.kernels.model.checkpoint import load_state, load_tokenizer, save_mo
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.exported_models import ExportedModels
 from fewstep.pipelines.frontier import Generate, measure
-from fewstep.pipelines.held_out_checks import Standing
-from fewstep.pipelines.models import model_folder
+from fewstep.pipelines.held_out_checks import Standing, best_folder, keep_best
+from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.objectives.credit import RefineObjective
 from fewstep.pipelines.policy_update import Trainer
@@ -42,22 +41,18 @@ from fewstep.pipelines.refine_workers import (
     place_actors,
 )
 from fewstep.pipelines.rollouts import check_recorded, rollout_policy
-from fewstep.pipelines.settings import RefineConfig
+from fewstep.pipelines.settings import RECORDING, RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
-from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest
+from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest, weights_digest
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import FrontierPoint, Rollout, WeightVersion
 from fewstep.platform.registry import resolve
 from fewstep.platform.trajectories import write_rollouts
 
-MODEL_FAMILY = "block-diffusion"
-# Where and how a run is recorded is no part of what it computes.
-UNTRACKED = {
-    "tracking_uri": None, "require_tracking": True, "experiment": "", "register_as": "", "keep_models": 1,
-    "traces_per_step": 0.0, "layout": "auto",
-}  # fmt: skip
+# Weights and data are told by their digests; which node an actor is on changes nothing it computes.
+_TOLD_APART = ("model", "replay", "layout")
 
 
 def command(config: RefineConfig) -> None:
@@ -133,7 +128,7 @@ class _Job:
 
     def __init__(self, config: RefineConfig, stack: ExitStack) -> None:
         self.config, self._stack = config, stack
-        self.folder = model_folder(config.model, config.tracking_uri or "")
+        self.address, self.folder = pinned_model(config.model, config.tracking_uri or "")
         # Chat template, generation settings and whatever else came with the user's checkpoint stays with it.
         self.origin = self.folder if config.model else None
         self.model = ModelConfig.load(self.folder)
@@ -145,14 +140,14 @@ class _Job:
         hosts: dict[str, str] = {}
         self._nodes: OtherNodes | None = stack.enter_context(open_nodes(config, hosts))
         self._hosts = hosts
-        self.verifier = stack.enter_context(open_verifier(config))
+        self.verifier = stack.enter_context(open_verifier(config, self.placement))
         self.source = open_tasks(config, self.model, self.tokenizer, ChatTemplate(self.folder), self.verifier)
         weights = state_checksum(load_state(self.folder, self.model))
         self.fingerprint = _fingerprint(config, weights, [*self.source.digests.values(), *recorded])
 
     def open_tracker(self, *, resumed: bool, tags: Mapping[str, str]) -> MlflowTracker:
         """The run's record, and what it says of this job."""
-        facts = _run_facts(self.config, self.source, self._hosts) | dict(tags)
+        facts = self._facts() | dict(tags)
         tracker = self._stack.enter_context(
             open_tracker(self.config, self.source, resumed=resumed, tags=facts)
         )
@@ -165,6 +160,18 @@ class _Job:
             for node, sample in self._nodes.samples():
                 tracker.watch(node, sample)
         return tracker
+
+    def _facts(self) -> dict[str, str]:
+        """Tags that only this job knows."""
+        return {
+            "model.family": self.model.family,
+            "model.source": self.address,
+            "model.source_digest": weights_digest(self.folder),
+            "data.digest": state_digest(self.source.digests.values()),
+            "machine.accelerator": accelerator(),
+            "machine.hosts": json.dumps(self._hosts),
+            "machine.num_hosts": str(len(self._hosts)),
+        }
 
 
 def _recorded(config: RefineConfig) -> list[str]:
@@ -191,18 +198,6 @@ def make_objective(config: RefineConfig) -> RefineObjective:
             str(error),
         ) from error
     return objective
-
-
-def _run_facts(config: RefineConfig, source: TaskSource, hosts: Mapping[str, str]) -> dict[str, str]:
-    """Tags that only this job knows."""
-    return {
-        "model.family": MODEL_FAMILY,
-        "model.started_from": config.model or "embedded",
-        "data.digest": state_digest(source.digests.values()),
-        "machine.accelerator": accelerator(),
-        "machine.hosts": json.dumps(hosts),
-        "machine.num_hosts": str(len(hosts)),
-    }
 
 
 @contextmanager
@@ -258,10 +253,9 @@ def _upkeep(engines: Engines, verifier: Verifier) -> dict[str, Any]:
 
 
 def _fingerprint(config: RefineConfig, weights: str, data: Sequence[str]) -> str:
-    """Configuration, starting weights and data; where a run is kept is not part of what it computes."""
-    own = {"out": Path(), "resume": True, "model": "", "replay": None}
-    kept = config.model_copy(update={**own, **UNTRACKED})
-    return f"{weights} {state_digest(data)} {kept.model_dump_json()}"
+    """Configuration, starting weights and data."""
+    kept = config.model_dump_json(exclude={*RECORDING, *_TOLD_APART})
+    return f"{weights} {state_digest(data)} {kept}"
 
 
 def _starting_point(
@@ -290,12 +284,20 @@ def _saver(
         example=job.source.held_out[0].task.prompt, source=job.origin,
     )  # fmt: skip
 
+    kept: dict[str, Any] = {}
+
     def save(progress: Progress) -> None:
+        nonlocal kept
+        values = asdict(progress)
+        if values == kept:  # the last step ended in a checkpoint
+            return
         with atomic_folder(config.out / "checkpoint") as folder:
             trainer.save(folder.resolve())
-            write_progress(folder, job.fingerprint, asdict(progress))
+            write_progress(folder, job.fingerprint, values)
+        keep_best(config.out / BEST, progress.standing)
         policy = rollout_policy(config, progress.threshold)
         exports.add(trainer.state(), progress.step, policy, progress.history)
+        kept = values
 
     return save
 
@@ -306,7 +308,7 @@ def _publish(config: RefineConfig, job: _Job, workers: Workers, progress: Progre
     state, step = workers.trainer.state(), progress.step
     best = progress.standing.best_step
     if 0 <= best < step:
-        state, step = load_state(config.out / BEST, job.model), best
+        state, step = load_state(best_folder(config.out / BEST, best), job.model), best
         print(f"the weights of step {best} looked best on held-out tasks and are kept", flush=True)
     workers.push(state, WeightVersion(run_id, step, ""))
     save_model(config.out / "model", state, job.model, job.tokenizer, job.origin)

@@ -57,9 +57,12 @@ class RefineResult:
 
 
 def _report(
-    config: RefineConfig, before: list[FrontierPoint], after: list[FrontierPoint], progress: Progress
+    config: RefineConfig,
+    before: list[FrontierPoint],
+    after: list[FrontierPoint],
+    speedup: Speedup,
+    progress: Progress,
 ) -> dict[str, Any]:
-    speedup = compare(before, after)
     best = 100.0 * max(point.pass_at_1 for point in (*before, *after))
     return {
         "kind": "refine",
@@ -105,9 +108,14 @@ def conclude(
         tracker.log_figure(name, out / f"{name}.png", step=progress.step)
     _log_rollouts(config, tracker, source, answers)
     tracker.log_metrics(_measured(speedup.before), step=0)
-    uri = _registered(config, tracker, source, before, after, served, progress.step)
+    uri = _registered(config, tracker, source, before, after, speedup, served, progress.step)
     uri = _promoted(config, tracker, uri) if held else uri
-    report = {**_report(config, before, after, progress), **extra, "held_bar": held, "policies": policies}
+    report = {
+        **_report(config, before, after, speedup, progress),
+        **extra,
+        "held_bar": held,
+        "policies": policies,
+    }
     report["cost"] = run_cost(
         progress.history, config.prompts_per_step * config.group_size, extra["total_seconds"]
     )
@@ -138,11 +146,11 @@ def _registered(
     source: TaskSource,
     before: list[FrontierPoint],
     after: list[FrontierPoint],
+    speedup: Speedup,
     served: FrontierPoint,
     step: int,
 ) -> str:
     """The address of the candidate that the refined model becomes, or its folder while the store is away."""
-    speedup = compare(before, after)
     return publish_model(
         tracker,
         config.out / "model",

@@ -65,8 +65,8 @@ def place_actors(config: RefineConfig) -> Placement:
 
 
 @contextmanager
-def open_verifier(config: RefineConfig) -> Iterator[Verifier]:
-    """The configuration's judge, in as many sandboxes as it says.
+def open_verifier(config: RefineConfig, placement: Placement | None) -> Iterator[Verifier]:
+    """The configuration's judge, in as many sandboxes as it says. Without a placement, one in this process.
 
     Raises:
         ConfigError: an unknown verifier or option.
@@ -74,13 +74,14 @@ def open_verifier(config: RefineConfig) -> Iterator[Verifier]:
     """
     judge = JudgeChoice(config.verifier, config.verifier_options)
     judge.build()  # refused before any process starts
-    if config.in_process:
+    if placement is None:
         with LocalVerifier(1, judge=judge, require=config.sandbox_requires) as local:
             yield local
         return
     with VerifierPool(
-        config.num_verifiers, num_cpus=VERIFIER_CPUS, judge=judge, require=config.sandbox_requires
-    ) as pool:
+        config.num_verifiers, num_cpus=VERIFIER_CPUS, judge=judge, require=config.sandbox_requires,
+        node_ids=placement.node_ids("verifiers"),
+    ) as pool:  # fmt: skip
         yield pool
 
 

@@ -13,13 +13,12 @@ import numpy as np
 from fewstep.pipelines.objectives.credit import Credit
 from fewstep.platform.records import Outcome, Rollout
 from fewstep.platform.rng import generator
-from fewstep.platform.rollout_trace import RolloutTrace, Span, Window
+from fewstep.platform.rollout_trace import CREDIT, EXTRACT, GENERATE, VERIFY, RolloutTrace, Span, Window
 from fewstep.platform.tracking import Tracker
 from fewstep.platform.trajectories import read_rollouts
 
 Windows = Mapping[str, Window]
 _TABLE_ROWS = 500
-GENERATE, EXTRACT, VERIFY, CREDIT = "generate", "extract", "verify", "credit"
 
 
 def log_traces(
@@ -54,7 +53,6 @@ def rollout_trace(
     reward: float,
     windows: Windows,
     tags: Mapping[str, str],
-    model_id: str = "",
 ) -> RolloutTrace:
     """One rollout, stage by stage. A stage's times are its batch's; what is the rollout's own is an attribute."""
     trajectory, verdict = rollout.trajectory, rollout.verdict
@@ -87,7 +85,6 @@ def rollout_trace(
         ),
         tags=tags,
         feedback={"passed": verdict.passed, "outcome": verdict.outcome, "forwards": float(trajectory.forwards)},
-        model_id=model_id,
     )  # fmt: skip
 
 

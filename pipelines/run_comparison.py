@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ from fewstep.pipelines.frontier import standard_error
 from fewstep.pipelines.paired_answers import paired_answers
 from fewstep.pipelines.promotion import Mark, undominated
 from fewstep.pipelines.run_comparison_figure import draw_comparison
+from fewstep.pipelines.run_findings import cost_rows
 from fewstep.pipelines.run_record import RunRecord, config_difference, load_run
-from fewstep.pipelines.run_table import aligned, duration
+from fewstep.pipelines.run_table import aligned
 from fewstep.pipelines.tracking_settings import CompareConfig
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_store import project_uri
 from fewstep.platform.records import FrontierPoint
-
-_STAGES = ("generate", "verify", "train", "push", "other", "outside")
 
 
 def run(config: CompareConfig) -> None:
@@ -51,7 +50,7 @@ def comparison_text(first: RunRecord, second: RunRecord) -> str:
         _differences(names, first, second),
         _frontiers(names, first, second),
         _significance(first, second),
-        _table(["cost", *names], _costs(first, second)),
+        _table(["cost", *names], cost_rows(first, second)),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -124,21 +123,3 @@ def _significance(first: RunRecord, second: RunRecord) -> str:
             return "not measured on the same tasks: no difference between the two can be claimed"
         return ""
     return f"second against first, paired over {found['num_tasks']} tasks ({policies[1]} against {policies[0]}):\n{found['text']}"
-
-
-def _costs(first: RunRecord, second: RunRecord) -> list[list[str]]:
-    bills = [one.report.get("cost", {}) for one in (first, second)]
-    if not any(bills):
-        return []
-    rows = [[f"{name}", *(duration(bill.get("seconds", {}).get(name)) for bill in bills)] for name in _STAGES]
-    rows.append(["in all", *(duration(one.report.get("total_seconds")) for one in (first, second))])
-    rows.append(["core hours", *(_hours(bill) for bill in bills)])
-    rows += [
-        [name.removeprefix("num_"), *(f"{bill[name]:,}" if name in bill else "-" for bill in bills)]
-        for name in ("num_rollouts", "num_tokens", "num_forwards")
-    ]
-    return rows
-
-
-def _hours(bill: Mapping[str, Any]) -> str:
-    return f"{bill['core_seconds'] / 3600:.2f}" if "core_seconds" in bill else "-"

@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from fewstep.pipelines.run_record import INCIDENTAL, RunRecord
+from fewstep.pipelines.run_record import RunRecord
 from fewstep.pipelines.run_table import duration
+from fewstep.pipelines.settings import RECORDING
 from fewstep.platform.tracking import flatten_params
 
 _GIB = 2**30
@@ -30,21 +31,34 @@ def answers_to_questions(record: RunRecord) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in rows if answer]
 
 
-def cost_rows(record: RunRecord) -> list[tuple[str, str]]:
-    """The bill, a line an item."""
-    bill = record.report.get("cost", {})
-    if not bill:
+def cost_rows(*records: RunRecord) -> list[list[str]]:
+    """The bills, a line an item: its name, then each run's; "-" where a run has none. Empty where no run has a bill."""
+    reports = [record.report for record in records]
+    bills = [report.get("cost", {}) for report in reports]
+    if not any(bills):
         return []
-    rows = [(name, duration(value)) for name, value in bill["seconds"].items()]
-    rows.append(("in all", duration(record.report.get("total_seconds"))))
-    rows.append(("core hours", f"{bill['core_seconds'] / 3600:.2f}"))
+    stages = [bill.get("seconds", {}) for bill in bills]
+    rows = [
+        [name, *(duration(stage.get(name)) for stage in stages)]
+        for name in dict.fromkeys(name for stage in stages for name in stage)
+    ]
+    rows.append(["in all", *(duration(report.get("total_seconds")) for report in reports)])
+    rows.append(["core hours", *(_shown(bill, "core_seconds", "{:.2f}", 3600) for bill in bills)])
     rows += [
-        (name.removeprefix("num_"), f"{bill[name]:,}")
+        [name.removeprefix("num_"), *(_shown(bill, name, "{:,}") for bill in bills)]
         for name in ("num_rollouts", "num_tokens", "num_forwards")
     ]
-    if "peak_rss_bytes" in record.report:
-        rows.append(("peak memory", f"{record.report['peak_rss_bytes'] / _GIB:.1f} GiB"))
+    if any("peak_rss_bytes" in report for report in reports):
+        rows.append(
+            ["peak memory", *(_shown(report, "peak_rss_bytes", "{:.1f} GiB", _GIB) for report in reports)]
+        )
     return rows
+
+
+def _shown(values: Mapping[str, Any], key: str, form: str, unit: int = 1) -> str:
+    if key not in values:
+        return "-"
+    return form.format(values[key] if unit == 1 else values[key] / unit)
 
 
 def limits_of(record: RunRecord) -> list[str]:
@@ -96,7 +110,7 @@ def limits_of(record: RunRecord) -> list[str]:
 
 def _what_changed(record: RunRecord) -> str:
     started = (
-        (record.stored.tags.get("model.started_from") if record.stored else None)
+        (record.stored.tags.get("model.source") if record.stored else None)
         or record.config.get("model")
         or ""
     )
@@ -122,7 +136,7 @@ def _unusual(record: RunRecord) -> dict[str, str]:
     return {
         key: value
         for key, value in record.config.items()
-        if key.partition(".")[0] not in (*INCIDENTAL, "model") and defaults.get(key) != value
+        if key.partition(".")[0] not in (*RECORDING, "model") and defaults.get(key) != value
     }
 
 

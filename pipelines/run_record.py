@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep.pipelines.settings import RECORDING
 from fewstep.pipelines.tracked_run import CONFIG_FILE, read_identity
 from fewstep.platform.config import read_mapping
 from fewstep.platform.errors import ConfigError, UserError
@@ -16,10 +17,6 @@ from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout
 from fewstep.platform.tracking import flatten_params
 from fewstep.platform.trajectories import read_metadata, read_rollouts
 
-# Where a run is kept and recorded says nothing of what it did.
-INCIDENTAL = (
-    "out", "resume", "tracking_uri", "require_tracking", "experiment", "register_as", "keep_models", "traces_per_step"
-)  # fmt: skip
 _FILES = ("report.json", "history.jsonl", CONFIG_FILE, "figures", "answers", "resumed")
 
 
@@ -125,7 +122,7 @@ def config_difference(one: Mapping[str, str], two: Mapping[str, str]) -> dict[st
     keys = sorted(
         key
         for key in one.keys() | two.keys()
-        if key.partition(".")[0] not in INCIDENTAL and one.get(key) != two.get(key)
+        if key.partition(".")[0] not in RECORDING and one.get(key) != two.get(key)
     )
     return {key: (one.get(key, "-"), two.get(key, "-")) for key in keys}
 
@@ -147,7 +144,8 @@ def _record(name: str, folder: Path, stored: StoredRun | None) -> RunRecord:
     history = folder / "history.jsonl"
     config = folder / CONFIG_FILE
     flat = flatten_params(read_mapping(config)) if config.is_file() else dict(stored.params if stored else {})
-    images = sorted([*folder.glob("*.png"), *(folder / "figures").glob("*.png")])
+    # The job's own files last, so that they win: the copies were made by an earlier report.
+    images = [*sorted((folder / "figures").glob("*.png")), *sorted(folder.glob("*.png"))]
     return RunRecord(
         name=name,
         folder=folder,

@@ -15,6 +15,11 @@ from fewstep.platform.records import DecodePolicy
 VERIFIER_CPUS = 0.1
 """Logical CPUs a verifier reserves: a verdict takes milliseconds."""
 
+RECORDING = (
+    "out", "resume", "tracking_uri", "require_tracking", "experiment", "register_as", "keep_models", "traces_per_step"
+)  # fmt: skip
+"""Keys that say where a run is kept and recorded, of whichever jobs have them: no part of what it computes."""
+
 
 class ModelSize(Config):
     """Sizes of a fresh model; the vocabulary comes with the tokenizer."""

@@ -18,7 +18,7 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.frontier import SEQUENTIAL
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.tasks.answer_format import AnswerFormat
-from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion
+from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion, unrunnable
 from fewstep.pipelines.tasks.benchmarks import load_benchmark
 from fewstep.pipelines.tasks.choice import BenchmarkChoice
 from fewstep.pipelines.tasks.family import draw_specification
@@ -231,13 +231,10 @@ class _Sides:
 
     def _prepare(self, tasks: Sequence[Task], benchmark: Benchmark) -> list[Prepared]:
         """Those of the tasks that the verifier can judge and the model's context has room for."""
-        languages = sorted({task.check.language for task in tasks if task.check.executes})
-        missing = self._verifier.missing(languages) if languages else {}
+        reasons = {one.task_id: one.reason for one in unrunnable(tasks, self._verifier)}
         chat, ready = self._chat if benchmark.chat else None, []
         for task in tasks:
-            reason = self._verifier.judge.unfit(task)
-            if not reason and task.check.executes:
-                reason = missing.get(task.check.language, "")
+            reason = reasons.get(task.task_id, "")
             one = Prepared(
                 task, prompt_tokens(task, self._tokenizer, chat), (), self._config.max_tokens, benchmark.answers.stop(task),
             )  # fmt: skip

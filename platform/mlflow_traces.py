@@ -27,7 +27,6 @@ def trace_payload(trace: RolloutTrace) -> dict[str, Any]:
         "response": plain_text(trace.response),
         "tags": {key: plain_text(str(value)) for key, value in trace.tags.items()},
         "feedback": dict(trace.feedback),
-        "model_id": trace.model_id,
         "spans": [
             {
                 "name": span.name,
@@ -60,8 +59,6 @@ def write_trace(client: Any, experiment_id: str, run_id: str, payload: Mapping[s
         "failed": failed,
     }
     metadata = {"mlflow.sourceRun": run_id}
-    if payload["model_id"]:
-        metadata["mlflow.modelId"] = payload["model_id"]
     info = entities.TraceInfo(
         trace_id=trace_id,
         trace_location=entities.TraceLocation.from_experiment_id(experiment_id),

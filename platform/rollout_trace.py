@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+# Stages that a batch of answers goes through.
+GENERATE, EXTRACT, VERIFY, CREDIT = "generate", "extract", "verify", "credit"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,6 @@ class RolloutTrace:
         spans: the stages; the trace reaches from the first start to the last end.
         tags: for search, such as step and prompt.
         feedback: verdicts shown as the trace's assessments.
-        model_id: the logged model that answered; "" = none.
         trace_id: 32 hexadecimal digits.
     """
 
@@ -47,7 +50,6 @@ class RolloutTrace:
     spans: tuple[Span, ...]
     tags: Mapping[str, str] = field(default_factory=dict)
     feedback: Mapping[str, bool | float | str] = field(default_factory=dict)
-    model_id: str = ""
     trace_id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
@@ -61,3 +63,17 @@ class Window:
     @property
     def seconds(self) -> float:
         return (self.end_ns - self.start_ns) / 1e9
+
+
+class Clock:
+    """Stages, one after the other without a gap."""
+
+    def __init__(self) -> None:
+        self._last = time.time_ns()
+        self.windows: dict[str, Window] = {}
+
+    def lap(self, name: str) -> None:
+        """Everything since the last lap was this stage."""
+        now = time.time_ns()
+        self.windows[name] = Window(self._last, now)
+        self._last = now

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from fewstep.platform.errors import ResourceError
@@ -122,12 +123,16 @@ def _nvidia_devices() -> list[Any]:
 
 
 def _nvidia_sample(device: Any) -> dict[str, float]:
+    """What a GPU says of itself; a part of one, and some cards, do not know their power or utilisation."""
     import pynvml
 
-    memory, rates = pynvml.nvmlDeviceGetMemoryInfo(device), pynvml.nvmlDeviceGetUtilizationRates(device)
-    return {
-        "memory_usage_megabytes": memory.used / _MEGABYTE,
-        "memory_usage_percentage": 100.0 * memory.used / memory.total,
-        "utilization_percentage": float(rates.gpu),
-        "power_usage_watts": pynvml.nvmlDeviceGetPowerUsage(device) / 1000.0,
-    }
+    values: dict[str, float] = {}
+    with suppress(pynvml.NVMLError):
+        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+        values["memory_usage_megabytes"] = memory.used / _MEGABYTE
+        values["memory_usage_percentage"] = 100.0 * memory.used / memory.total
+    with suppress(pynvml.NVMLError):
+        values["utilization_percentage"] = float(pynvml.nvmlDeviceGetUtilizationRates(device).gpu)
+    with suppress(pynvml.NVMLError):
+        values["power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(device) / 1000.0
+    return values

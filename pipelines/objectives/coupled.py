@@ -72,10 +72,12 @@ class Coupled:
         if self.has_reference:
             frozen = {"reference_logprob": per_token(share * rows.extras["reference_logprob"])}
         penalty, of_penalty = self.penalty.of(new, frozen, weights)
+        # Sums are divided by the targets, which are rows, and every token has several.
+        rows_per_token = len(token) / max(1, count)
+        per_answer_token = {"clipped_sum": outside.float().sum().detach(), **of_penalty}
         return penalty - (weights * surrogate).sum(), {
-            "clipped_sum": outside.float().sum().detach(),
             "entropy_sum": entropy.detach().sum(),
-            **of_penalty,
+            **{name: value * rows_per_token for name, value in per_answer_token.items()},
         }
 
 

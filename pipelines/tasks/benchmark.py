@@ -171,15 +171,17 @@ def make_tasks(
 
 
 def unrunnable(tasks: Sequence[Task], verifier: Verifier) -> list[Exclusion]:
-    """The tasks that have nothing to execute, or are in languages whose programs the verifier cannot execute, each with
-    the reason."""
-    missing = verifier.missing(sorted({task.check.language for task in tasks if task.check.executes}))
+    """The tasks that the verifier's judge is unfit for, or that are in languages whose programs it cannot execute, each
+    with the reason."""
+    languages = sorted({task.check.language for task in tasks if task.check.executes})
+    missing = verifier.missing(languages) if languages else {}
     excluded = []
     for task in tasks:
-        if task.check.kind == "reference":
-            excluded.append(Exclusion(task.task_id, "has no check to execute"))
-        elif task.check.executes and task.check.language in missing:
-            excluded.append(Exclusion(task.task_id, missing[task.check.language]))
+        reason = verifier.judge.unfit(task)
+        if not reason and task.check.executes:
+            reason = missing.get(task.check.language, "")
+        if reason:
+            excluded.append(Exclusion(task.task_id, reason))
     return excluded
 
 

@@ -1,6 +1,9 @@
 """The same answers through both verifiers: in order, with the sandbox's verdicts."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +11,38 @@ import pytest
 from fewstep.actors.verifier import LocalVerifier, Verifier, VerifierPool
 from fewstep.cluster.session import ray_session
 from fewstep.platform.records import Check, Task
+
+# A process of its own: a cluster of two nodes cannot share a process with the sessions of other tests.
+PLACED = """
+import json, os, signal
+import ray
+from ray.cluster_utils import Cluster
+from fewstep.actors.placement import free_nodes
+from fewstep.actors.verifier import VerifierPool
+from fewstep.platform.records import Check, Task
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+ray.init(address=cluster.address, log_to_driver=False)
+here, there = (node.node_id for node in free_nodes())
+
+def nodes(pids):
+    found = {actor["Pid"]: actor["Address"]["NodeID"] for actor in ray._private.state.actors().values()}
+    return [found[pid] for pid in pids]
+
+asked = [there, here, there]
+task = Task("t", "def f(x):\\n", Check("call", "f", inputs=((1,),), expected=(1,)))
+with VerifierPool(3, num_cpus=0.1, node_ids=asked) as pool:
+    placed = nodes(pool.pids())
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    passed = [verdict.passed for verdict in pool.verify([(task, "    return x\\n")] * 64)]
+    print(json.dumps({
+        "asked": asked, "placed": placed, "again": nodes(pool.pids()), "replaced": pool.replaced, "passed": all(passed),
+    }), flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
 
 
 def doubling(index: int) -> tuple[Task, str]:
@@ -71,3 +106,20 @@ class TestPool:
 
     def test_workers_are_processes_of_their_own(self, pool: VerifierPool) -> None:
         assert len({*pool.pids(), os.getpid()}) == 3
+
+    def test_a_node_for_each_or_none(self, pool: VerifierPool) -> None:
+        with pytest.raises(ValueError, match="1 nodes for 2 verifiers"):
+            VerifierPool(2, node_ids=["a"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_workers_and_their_replacements_are_where_they_were_placed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PLACED], capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert told["placed"] == told["again"] == told["asked"]
+    assert told["passed"]
+    assert told["replaced"] == 1

@@ -15,6 +15,7 @@ import torch
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
+from fewstep.actors.judges import JudgeChoice
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import embedded_model, load_model, save_model
@@ -478,6 +479,8 @@ def test_greedy_and_sampled_policies_share_the_reference() -> None:
 class Broken:
     """A verifier whose host fails."""
 
+    judge = JudgeChoice().build()
+
     def verify(self, answers: Sequence[tuple[Task, str]]) -> list[Verdict]:
         return [Verdict("sandbox_error", 0.0, (), 0.0, "none", "no zygote") for _ in answers]
 
@@ -498,8 +501,11 @@ class Gullible(Broken):
 def test_a_broken_verifier_is_no_low_score(tmp_path: Path) -> None:
     config = config_for(tmp_path / "run", model=str(tiny_model(tmp_path / "model")), max_tokens=24)
     benchmarks = [load_benchmark(choice) for choice in config.benchmarks]
-    with pytest.raises(FewstepError, match="the verifier itself failed on 6 of 6 answers: no zygote"):
+    with pytest.raises(FewstepError, match="the verifier itself failed on 4 of 4 answers: no zygote"):
         evaluate(config, open_subjects(config), benchmarks, engine, Broken(), "none")
+    with LocalVerifier() as verifier:  # what it broke on was not kept
+        results = evaluate(config, open_subjects(config), benchmarks, engine, verifier, verifier.isolation)
+    assert all(answer.outcome != "sandbox_error" for answer in results.answers)
 
 
 def register(uri: str, folder: Path, name: str, alias: str) -> None:

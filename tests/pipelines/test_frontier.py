@@ -21,6 +21,7 @@ from fewstep.pipelines.frontier import (
     is_sequential,
     measure,
     point_record,
+    refuse_broken,
     sequential_point,
     summarise,
 )
@@ -28,6 +29,7 @@ from fewstep.pipelines.frontier_table import comparison_table, frontier_table
 from fewstep.pipelines.task_source import prepared_plainly
 from fewstep.pipelines.tasks.family import tasks
 from fewstep.pipelines.tasks.vocabulary import EOS, MASK, PAD, build_tokenizer
+from fewstep.platform.errors import FewstepError
 from fewstep.platform.records import (
     DecodePolicy,
     FrontierPoint,
@@ -218,6 +220,24 @@ def test_a_task_twice_is_refused(engine: Engine) -> None:
             lambda pairs: [],
             engine.tokenizer,
         )
+
+
+def test_a_broken_verifier_is_no_lost_quality(engine: Engine) -> None:
+    asked = prepared_plainly(tasks(4, seed=0, held_out=True), engine.tokenizer, 8)
+    broken = Verdict("sandbox_error", 0.0, (), 0.0, "none", "no zygote")
+
+    def verify(pairs: Sequence[tuple[Task, str]]) -> list[Verdict]:
+        return [broken, *(verdict("passed") for _ in pairs[1:])]
+
+    with pytest.raises(
+        FewstepError, match="static_1: the verifier itself failed on 1 of 4 answers: no zygote"
+    ):
+        measure(asked, [], engine.generate, verify, engine.tokenizer)
+    judged: list[tuple[Outcome, str]] = [("passed", "")] * 19 + [("sandbox_error", "no zygote")]
+    refuse_broken(judged, "a twentieth")
+    refuse_broken(judged[-2:], "few", forgiven=1)
+    with pytest.raises(FewstepError, match="failed on 1 of 19"):
+        refuse_broken(judged[1:], "more")
 
 
 def test_error_bars_shrink_with_the_square_root_of_the_tasks() -> None:

@@ -22,6 +22,7 @@ from fewstep.pipelines.objectives.policy_gradient import (
 )
 from fewstep.pipelines.objectives.seed import Seed
 from fewstep.pipelines.objectives.trajectory import Trace
+from fewstep.pipelines.policy_update import per_target
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import DecodePolicy, Rollout, Trajectory, Verdict
 
@@ -223,8 +224,10 @@ def _coupled_rows() -> tuple[RowTensors, torch.Tensor]:
 def test_coupled_is_its_formula_token_by_token(form: KlForm) -> None:
     rows, positions = _coupled_rows()
     logprob = (rows.extras["old_logprob"] + torch.linspace(-0.3, 0.3, 12)).requires_grad_()
-    loss, _ = Coupled(clip_low=0.2, clip_high=0.4, kl=0.05, kl_form=form).loss(logprob, torch.zeros(12), rows)
-    plain = torch.zeros(())
+    loss, metrics = Coupled(clip_low=0.2, clip_high=0.4, kl=0.05, kl_form=form).loss(
+        logprob, torch.zeros(12), rows
+    )
+    plain, kls, num_clipped = torch.zeros(()), [], 0
     for sample, position in ((s, p) for s in (0, 1) for p in positions[6 * s : 6 * s + 6].unique().tolist()):
         own = [row for row in range(6 * sample, 6 * sample + 6) if positions[row] == position]
 
@@ -239,8 +242,15 @@ def test_coupled_is_its_formula_token_by_token(form: KlForm) -> None:
         apart = reference - new
         kl = apart.square() / 2 if form == "k2" else apart.exp() - 1 - apart
         plain = plain - 0.1 * clipped + 0.05 * 0.1 * kl
+        kls.append(float(kl.detach()))
+        num_clipped += not 0.8 <= float(ratio.detach()) <= 1.4
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
     torch.testing.assert_close(_gradient(loss, logprob), _gradient(plain, logprob))
+    # The trainer counts rows; a mean over them is one over tokens.
+    means = per_target({name: float(value) for name, value in metrics.items()} | {"targets": 12.0})
+    assert means["kl"] == pytest.approx(sum(kls) / 6, rel=1e-5)
+    assert means["clipped"] == pytest.approx(num_clipped / 6)
+    assert num_clipped
 
 
 def test_a_reference_is_asked_for_only_where_it_counts() -> None:

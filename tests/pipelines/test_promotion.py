@@ -73,6 +73,13 @@ def test_the_first_champion_is_held_to_the_model_it_was_refined_from() -> None:
     unrefined = ((15.0, 0.97), (10.0, 0.5), (40.0, 0.98))
     assert judge(standing((3, 0.97), unrefined=unrefined, bar=0.97), None).gives_up == ()
     assert judge(standing((3, 0.96), unrefined=unrefined, bar=0.97), None).gives_up == ("quality",)
+    # Of 300 tasks, 152 less a hundredth are 149, but the difference lies above 149/300 by its last digit.
+    bar = 152 / 300 - 0.01
+    assert bar > 149 / 300
+    assert judge(standing((3, 149 / 300), unrefined=((15.0, 149 / 300),), bar=bar), None).reasons == ()
+    assert judge(standing((16, 149 / 300), unrefined=((15.0, 149 / 300),), bar=bar), None).gives_up == (
+        "speed",
+    )
     assert judge(standing((16, 0.99), unrefined=unrefined, bar=0.97), None).gives_up == ("speed",)
 
 

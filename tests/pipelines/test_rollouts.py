@@ -20,7 +20,7 @@ from fewstep.actors.trainer import LogprobSource, Metrics
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.kernels.model.checkpoint import embedded_model, load_model, load_state
 from fewstep.kernels.rows import SampleRows
-from fewstep.pipelines.held_out_checks import Standing
+from fewstep.pipelines.held_out_checks import Standing, best_folder, keep_best
 from fewstep.pipelines.objectives.coupled import Coupled
 from fewstep.pipelines.objectives.credit import RefineObjective
 from fewstep.pipelines.objectives.distill import Distill
@@ -153,7 +153,15 @@ def test_looks_keep_the_best_weights_and_set_the_bar_once(tmp_path: Path) -> Non
         best["step"],
         best["held_out/forwards_per_answer"],
     )
-    kept = load_state(tmp_path / BEST, load_model(embedded_model())[0].config)
+    kept = load_state(
+        best_folder(tmp_path / BEST, standing.best_step), load_model(embedded_model())[0].config
+    )
+    # A checkpoint before the last look may name what looked best before it, until the next one is written.
+    assert sorted(path.name for path in (tmp_path / BEST).iterdir()) == [
+        f"step_{row['step']:05d}" for row in looks if row["held_out/best_step"] == row["step"]
+    ]
+    keep_best(tmp_path / BEST, standing)
+    assert list((tmp_path / BEST).iterdir()) == [best_folder(tmp_path / BEST, standing.best_step)]
     if standing.best_step == 4:
         assert all(torch.equal(kept[name], tensor) for name, tensor in trainer.state().items())
     assert [step for step, _ in tracker.metrics["held_out/pass_at_1"]] == [2, 4]
@@ -208,8 +216,19 @@ def test_the_trainer_is_asked_for_what_no_rollout_recorded(
 
 
 def test_a_verifier_that_keeps_failing_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(FewstepError, match=r"verifier itself failed on \d+ of 6 rollouts.*AlwaysBroken"):
+    with pytest.raises(
+        FewstepError, match=r"rollouts: the verifier itself failed on \d+ of 6 answers.*AlwaysBroken"
+    ):
         run(tmp_path, verifier=f"{__name__}:AlwaysBroken", steps=1)
+
+
+def test_a_broken_verifier_is_no_bar(tmp_path: Path) -> None:
+    checks = {"every": 1, "num_tasks": 6}
+    with pytest.raises(
+        FewstepError, match=r"held-out tasks.*: the verifier itself failed on \d of 6 answers"
+    ):
+        run(tmp_path, verifier=f"{__name__}:AlwaysBroken", steps=1, held_out_checks=checks)
+    assert not (tmp_path / "rollouts").exists()
 
 
 class AlwaysBroken:

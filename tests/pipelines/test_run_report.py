@@ -280,3 +280,16 @@ def test_traces_are_spread_evenly_over_the_steps() -> None:
     assert drawn[0] == 1
     assert [num_traces(step, 2.0) for step in range(3)] == [2, 2, 2]
     assert num_traces(5, 0.0) == 0
+
+
+def test_a_jobs_own_figure_wins_over_the_copy_of_an_earlier_report(tmp_path: Path) -> None:
+    for path in (
+        tmp_path / "curves.png",
+        tmp_path / "figures" / "curves.png",
+        tmp_path / "figures" / "steps.png",
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    assert folder_record(tmp_path).figures == {
+        "curves": tmp_path / "curves.png", "steps": tmp_path / "figures" / "steps.png"
+    }  # fmt: skip
