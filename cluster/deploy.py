@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
 import os
-import socket
 import threading
 import time
 import urllib.error
@@ -28,7 +26,8 @@ from fewstep.cluster.admission import check_access, drain, ending
 from fewstep.cluster.served_models import check_model, model_sources
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
-from fewstep.platform.errors import ActorDied, ResourceError
+from fewstep.platform.errors import ActorDied
+from fewstep.platform.ports import free_port
 from fewstep.platform.records import DecodePolicy
 
 logger = logging.getLogger(__name__)
@@ -156,33 +155,6 @@ def checked_sources(config: ServeConfig, host: str) -> tuple[ModelSource, ...]:
     for source in sources:
         check_model(Path(source.folder))
     return sources
-
-
-def free_port(host: str, port: int) -> int:
-    """`port` if it can be listened on, a free one for 0.
-
-    Raises:
-        ResourceError: it is taken, forbidden, or the host is no address of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As servers do: a port whose last connections are still in TIME_WAIT is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            got, allowed, fix = (
-                "a port in use",
-                "a free port",
-                "stop what uses it or set another port (0 = any)",
-            )
-        elif error.errno == errno.EACCES:
-            got, allowed, fix = "a port this user may not open", "a port from 1024 on", "set another port"
-        else:
-            got, allowed, fix = f"{error.strerror or error}", "an address of this machine", "correct the host"
-        raise ResourceError(f"{host}:{port}", got, allowed, fix) from error
 
 
 def watch(endpoint: ServedEndpoint, stop: threading.Event | None = None) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import psutil
 
 from fewstep.cluster.admission import check_access
-from fewstep.cluster.deploy import ServeConfig, free_port
+from fewstep.cluster.deploy import ServeConfig
 from fewstep.cluster.inspection import byte_text, inspect_model
 from fewstep.cluster.served_models import model_sources
 from fewstep.platform.errors import UserError
+from fewstep.platform.ports import free_port
 
 
 def show(config: ServeConfig) -> None:
