@@ -86,6 +86,11 @@ class ServeConfig(Config):
     drain_seconds: float = Field(default=30.0, gt=0.0)
     """After SIGTERM: how long accepted requests may take to finish while new ones get 503."""
 
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_gib` in bytes."""
+        return None if self.cache_gib is None else int(self.cache_gib * 2**30)
+
     @model_validator(mode="after")
     def _front_reaches_every_replica(self) -> ServeConfig:
         if self.address and self.front == "replicas":
@@ -204,11 +209,10 @@ def serving_options(config: ServeConfig, listen: tuple[str, int] | None = None) 
     # A worker's working directory is its own affair.
     keys = config.keys.resolve() if config.keys is not None else None
     log = LogConfig(file=config.log.file.resolve() if config.log.file else None, prompts=config.log.prompts)
-    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     return {
         "policy": config.policy,
         "max_tokens": config.max_tokens,
-        "engine": EngineOptions(config.max_sequences, config.dtype, cache_bytes),
+        "engine": EngineOptions(config.max_sequences, config.dtype, config.cache_bytes),
         "num_replicas": config.num_replicas,
         "num_cpus": config.cpus_per_replica,
         "alias_poll_s": config.alias_poll_s,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.platform.errors import ConfigError
+
+_ALIAS = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[\w-]+)")
 
 
 def model_sources(models: str | Sequence[str], name: str, tracking_uri: str) -> tuple[ModelSource, ...]:
@@ -63,11 +66,10 @@ def _source(address: str, name: str, tracking_uri: str) -> ModelSource:
         return ModelSource(name or folder.name, str(folder))
     from fewstep.platform.mlflow_registry import find_model
     from fewstep.platform.mlflow_store import project_uri
-    from fewstep.platform.model_address import alias_of
 
     uri = project_uri(tracking_uri)
-    found, parts = find_model(address, uri), alias_of(address)
+    found, parts = find_model(address, uri), _ALIAS.fullmatch(address)
     registered = address.removeprefix("models:/").partition("@")[0].partition("/")[0]
     return ModelSource(
-        name or registered, str(found.folder.resolve()), found.address, parts[1] if parts else "", uri
+        name or registered, str(found.folder.resolve()), found.address, parts["alias"] if parts else "", uri
     )
