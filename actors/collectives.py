@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 
 from fewstep.platform.errors import ResourceError
+from fewstep.platform.ports import address_towards, free_port
 
 NUM_BYTES = 8 * 2**20
 _REPEATS = 4
@@ -23,11 +23,8 @@ class GlooProbe:
 
     def endpoint(self, towards: str = "127.0.0.1") -> tuple[str, int]:
         """This host's address on the way to another, and a free port there."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((towards, 9))  # a datagram socket sends nothing here; it only learns the route
-            address = str(probe.getsockname()[0])
-        with socket.create_server((address, 0)) as listener:
-            return address, int(listener.getsockname()[1])
+        address = address_towards(towards, 9)
+        return address, free_port(address, 0)
 
     def measure(self, rank: int, address: str, port: int) -> float:
         """Bytes per second of an all-reduce of NUM_BYTES between two ranks, the fastest of a few.

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import math
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,6 +29,7 @@ from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.kernels.rows import RowBatch, SampleRows, save_samples
 from fewstep.platform.errors import ActorDied, UserError
+from fewstep.platform.ports import free_port
 from fewstep.platform.registry import resolve
 
 Metrics = dict[str, float]
@@ -225,9 +225,7 @@ class TrainerRank:
 
     def endpoint(self) -> tuple[str, int]:
         """A free loopback port of this process's host, for the rendezvous."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return "127.0.0.1", probe.getsockname()[1]
+        return "127.0.0.1", free_port("127.0.0.1", 0)
 
     def pid(self) -> int:
         return os.getpid()

@@ -13,10 +13,11 @@ from typing import Any
 
 from pydantic import Field
 
-from fewstep.cluster.deploy import ServeConfig, ServedEndpoint, free_port, serve_model, watch
+from fewstep.cluster.deploy import ServeConfig, ServedEndpoint, serve_model, watch
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.platform.artifacts import atomic_write_text
 from fewstep.platform.config import Config
+from fewstep.platform.ports import free_port
 
 MODEL_NAME = "fewstep-tiny"
 DEFAULT_PORT = 8000

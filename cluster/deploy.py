@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
 import os
-import socket
 import threading
 import time
 import urllib.error
@@ -28,7 +26,8 @@ from fewstep.cluster.admission import check_access, drain, ending
 from fewstep.cluster.served_models import check_model, model_sources
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
-from fewstep.platform.errors import ActorDied, ResourceError
+from fewstep.platform.errors import ActorDied
+from fewstep.platform.ports import free_port
 from fewstep.platform.records import DecodePolicy
 
 logger = logging.getLogger(__name__)
@@ -86,6 +85,11 @@ class ServeConfig(Config):
     """OTLP address for OpenTelemetry spans, such as http://127.0.0.1:4318/v1/traces; empty = none."""
     drain_seconds: float = Field(default=30.0, gt=0.0)
     """After SIGTERM: how long accepted requests may take to finish while new ones get 503."""
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_gib` in bytes."""
+        return None if self.cache_gib is None else int(self.cache_gib * 2**30)
 
     @model_validator(mode="after")
     def _front_reaches_every_replica(self) -> ServeConfig:
@@ -158,33 +162,6 @@ def checked_sources(config: ServeConfig, host: str) -> tuple[ModelSource, ...]:
     return sources
 
 
-def free_port(host: str, port: int) -> int:
-    """`port` if it can be listened on, a free one for 0.
-
-    Raises:
-        ResourceError: it is taken, forbidden, or the host is no address of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As servers do: a port whose last connections are still in TIME_WAIT is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            got, allowed, fix = (
-                "a port in use",
-                "a free port",
-                "stop what uses it or set another port (0 = any)",
-            )
-        elif error.errno == errno.EACCES:
-            got, allowed, fix = "a port this user may not open", "a port from 1024 on", "set another port"
-        else:
-            got, allowed, fix = f"{error.strerror or error}", "an address of this machine", "correct the host"
-        raise ResourceError(f"{host}:{port}", got, allowed, fix) from error
-
-
 def watch(endpoint: ServedEndpoint, stop: threading.Event | None = None) -> None:
     """Blocks while the server can be reached and `stop` is not set; a signal ends it with its own exception.
 
@@ -232,11 +209,10 @@ def serving_options(config: ServeConfig, listen: tuple[str, int] | None = None) 
     # A worker's working directory is its own affair.
     keys = config.keys.resolve() if config.keys is not None else None
     log = LogConfig(file=config.log.file.resolve() if config.log.file else None, prompts=config.log.prompts)
-    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     return {
         "policy": config.policy,
         "max_tokens": config.max_tokens,
-        "engine": EngineOptions(config.max_sequences, config.dtype, cache_bytes),
+        "engine": EngineOptions(config.max_sequences, config.dtype, config.cache_bytes),
         "num_replicas": config.num_replicas,
         "num_cpus": config.cpus_per_replica,
         "alias_poll_s": config.alias_poll_s,

@@ -7,10 +7,11 @@ from pathlib import Path
 import psutil
 
 from fewstep.cluster.admission import check_access
-from fewstep.cluster.deploy import ServeConfig, free_port
+from fewstep.cluster.deploy import ServeConfig
 from fewstep.cluster.inspection import byte_text, inspect_model
 from fewstep.cluster.served_models import model_sources
 from fewstep.platform.errors import UserError
+from fewstep.platform.ports import free_port
 
 
 def show(config: ServeConfig) -> None:
@@ -78,9 +79,8 @@ def _model(config: ServeConfig, folder: Path, name: str) -> tuple[list[tuple[str
     stored = report.stored_dtype if config.dtype == "saved" else config.dtype
     # A checkpoint of several types is computed in one; the widest is the safe guess.
     dtype = max(stored.split(" and "), key=lambda name: report.weight_bytes.get(name, 0))
-    budget = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     torch_dtype = getattr(torch, dtype)
-    pages = num_pages_for(model, torch_dtype, torch.device("cpu"), config.max_sequences, budget)
+    pages = num_pages_for(model, torch_dtype, torch.device("cpu"), config.max_sequences, config.cache_bytes)
     weights, cache = report.weight_bytes.get(dtype, report.file_bytes), pages * page_bytes(model, torch_dtype)
     lines = [
         ("model", f"{name}, {folder}: {report.family}, {report.parameters:,} parameters, {dtype}"),

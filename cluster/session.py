@@ -23,13 +23,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fewstep.platform.errors import ResourceError
+from fewstep.platform.ports import address_towards
 
 logger = logging.getLogger(__name__)
 
@@ -199,17 +200,20 @@ def _stop_local(before: set[int], grace_s: float = _GRACE_S) -> None:
 def _joined(address: str) -> Iterator[Session]:
     import ray
 
-    _knock(address)
+    host, port = _knock(address)
     with environment_of(_RAY_ENV):
         try:
-            context: Any = ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": WORKER_ENV},
-                # Left to itself Ray asks the way to the internet, and a host without one cannot find its own node.
-                _node_ip_address=_address_towards(address),
-            )
+            # Ray puts the folder it is called in at the head of every worker's import path, where a user's `datasets.py`
+            # would pass for the library.
+            with tempfile.TemporaryDirectory() as empty, chdir(empty):
+                context: Any = ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": WORKER_ENV},
+                    # Left to itself Ray asks the way to the internet, and a host without one cannot find its own node.
+                    _node_ip_address=address_towards(host, port),
+                )
         except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
             raise _no_cluster(address, error) from error
         try:
@@ -220,23 +224,14 @@ def _joined(address: str) -> Iterator[Session]:
                 ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Fail within seconds if nobody listens there; Ray itself retries for minutes."""
+def _knock(address: str) -> tuple[str, int]:
+    """Host and port; fails within seconds if nobody listens there, where Ray itself retries for minutes."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=5.0):
-            return
+            return host, int(port)
     except (OSError, ValueError, OverflowError) as error:
         raise _no_cluster(address, error) from error
-
-
-def _address_towards(address: str) -> str:
-    """This host's own address on the way to `host:port`."""
-    host, _, port = address.rpartition(":")
-    info = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(info[0], socket.SOCK_DGRAM) as probe:
-        probe.connect(info[4])  # a datagram socket sends nothing here; it only learns the route
-        return str(probe.getsockname()[0])
 
 
 def _no_cluster(address: str, error: Exception) -> ResourceError:

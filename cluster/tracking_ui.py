@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from fewstep.cluster.deploy import free_port
 from fewstep.platform.config import Config
 from fewstep.platform.errors import ActorDied
+from fewstep.platform.ports import free_port
 
 _READY_S = 180.0
 _GRACE_S = 15.0

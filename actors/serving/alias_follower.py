@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fewstep.actors.serving.loading import proved_weights
 from fewstep.actors.serving.model_source import ModelSource
-from fewstep.actors.serving.service import CompletionService, created_of
+from fewstep.actors.serving.service import CompletionService, Origin, created_of
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.errors import CheckpointError, FewstepError
 from fewstep.platform.mlflow_registry import alias_address, find_model
@@ -70,9 +70,7 @@ class AliasFollower:
             return False
         self._seen = address
         service.model = replace(service.model, created=created_of(folder))
-        service.origin = replace(
-            service.origin, address=address, num_swaps=service.origin.num_swaps + 1, refused=""
-        )
+        service.origin = Origin(address)
         logger.info("%s now serves %s (%s)", source.name, address, version)
         return True
 

@@ -11,27 +11,21 @@ from openai.types import Model as ModelEntry
 from openai.types.chat import ChatCompletion
 from pydantic.json_schema import models_json_schema
 
+from fewstep.actors.serving.generation_routes import BODIES
 from fewstep.actors.serving.openapi_examples import EXAMPLES
-from fewstep.actors.serving.schema import (
-    ApplyBody,
-    ChatBody,
-    CompletionBody,
-    EditBody,
-    FimBody,
-    TokenizeBody,
-)
+from fewstep.actors.serving.schema import TokenizeBody
 
 _REF = "#/components/schemas/{model}"
-_BODIES: tuple[type[Any], ...] = (CompletionBody, FimBody, ChatBody, ApplyBody, EditBody, TokenizeBody)
+_BODIES: tuple[type[Any], ...] = (*BODIES.values(), TokenizeBody)
 _ANSWERS: tuple[type[Any], ...] = (Completion, ChatCompletion, ModelEntry)
 
-# path -> (body, answer, what it does)
-_GENERATION: dict[str, tuple[type[Any], type[Any], str]] = {
-    "/v1/completions": (CompletionBody, Completion, "Continue a text, or fill in between it and `suffix`"),
-    "/v1/chat/completions": (ChatBody, ChatCompletion, "Answer a conversation"),
-    "/v1/fim/completions": (FimBody, Completion, "Fill in the middle: one prefix and one suffix"),
-    "/v1/apply/completions": (ApplyBody, ChatCompletion, "Merge a tagged update into tagged code"),
-    "/v1/edit/completions": (EditBody, ChatCompletion, "Rewrite the tagged region of a file"),
+# path -> (answer, what it does)
+_GENERATION: dict[str, tuple[type[Any], str]] = {
+    "/v1/completions": (Completion, "Continue a text, or fill in between it and `suffix`"),
+    "/v1/chat/completions": (ChatCompletion, "Answer a conversation"),
+    "/v1/fim/completions": (Completion, "Fill in the middle: one prefix and one suffix"),
+    "/v1/apply/completions": (ChatCompletion, "Merge a tagged update into tagged code"),
+    "/v1/edit/completions": (ChatCompletion, "Rewrite the tagged region of a file"),
 }
 _ERRORS = {
     "400": "A field that is malformed, unknown, or cannot be honoured; `param` names it",
@@ -49,7 +43,8 @@ def openapi_document() -> dict[str, Any]:
     """OpenAPI 3.1 of all routes, with an example for each body."""
     references, schemas = _schemas()
     paths: dict[str, Any] = {
-        path: {"post": _generation(path, *entry, references)} for path, entry in _GENERATION.items()
+        path: {"post": _generation(path, body, *_GENERATION[path], references)}
+        for path, body in BODIES.items()
     }
     paths |= _reading(references)
     return {

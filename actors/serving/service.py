@@ -92,12 +92,10 @@ class Origin:
 
     Attributes:
         address: `models:/NAME/VERSION`, or a folder.
-        num_swaps: times that other weights took their place.
         refused: the version that could not, and why; empty = none since the last swap.
     """
 
     address: str = ""
-    num_swaps: int = 0
     refused: str = ""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -29,6 +28,7 @@ from fewstep.cluster.loadtest import load
 from fewstep.cluster.loadtest_settings import LoadtestConfig
 from fewstep.platform.artifacts import atomic_write_text
 from fewstep.platform.errors import ResourceError
+from fewstep.platform.ports import free_port
 from fewstep.platform.rng import generator
 
 SIZES = ModelSizes(
@@ -146,9 +146,7 @@ def _prompts(folder: Path) -> str:
 @contextmanager
 def _dlmserve(python: Path, folder: Path) -> Iterator[tuple[str, str]]:
     """The peer's server in its own environment: its address and the model's name there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port("127.0.0.1", 0)
     environment = {
         **os.environ, "DLMSERVE_MODEL": str(folder), "DLMSERVE_DTYPE": "bf16", "DLMSERVE_DEVICE": "cpu",
         "DLMSERVE_LOG_LEVEL": "error", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1",

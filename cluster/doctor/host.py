@@ -138,7 +138,7 @@ def sandbox() -> Finding:
 
 def ports(numbers: tuple[int, ...]) -> list[Finding]:
     """Whether they could be listened on."""
-    from fewstep.cluster.deploy import free_port
+    from fewstep.platform.ports import free_port
 
     findings = []
     for number in numbers:

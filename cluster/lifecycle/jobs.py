@@ -2,7 +2,10 @@
 
 A `working_dir` would not do: the nodes' own installed package would still be the one that is imported. What is in
 `py_modules` goes in front of it. The wheel goes there unpacked: packed, Ray would let pip install it, with every dependency
-of it, and would take a wheel of the same version for the same code. A job given again goes on from its checkpoint.
+of it, and would take a wheel of the same version for the same code.
+
+A job's paths mean what they mean to who submits it, since the head is this host: it runs in the folder that `submit` was given
+in, and given again it finds its checkpoint there.
 """
 
 from __future__ import annotations
@@ -42,10 +45,11 @@ def submit(config: SubmitConfig) -> None:
     with _server(config) as client, tempfile.TemporaryDirectory() as folder:
         # Variables are the job's own matter: its session sets them, and Ray takes no variable from both.
         environment = {"py_modules": [str(unpacked(build_wheel(Path(folder))))]} if config.wheel else {}
-        # The resolved configuration travels in the command: the nodes need no file of this host.
-        script = f"printf %s {shlex.quote(render_config(job))} > job.yaml && "
-        entry = f"d=$(mktemp -d) && cd $d && {script}exec {shlex.quote(sys.executable)} -m fewstep {config.job} job.yaml --ray-address {state.address}"
-        name = client.submit_job(entrypoint=entry, runtime_env=environment, metadata={"fewstep": config.job})
+        name = client.submit_job(
+            entrypoint=_entrypoint(config.job, render_config(job), state.address),
+            runtime_env=environment,
+            metadata={"fewstep": config.job},
+        )
         print(f"job {name}", flush=True)
         if config.follow:
             _follow(client, name)
@@ -99,6 +103,16 @@ def unpacked(wheel: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(wheel.parent)
     return wheel.parent / "fewstep"
+
+
+def _entrypoint(job: str, text: str, address: str) -> str:
+    """The shell command of a job with that configuration, in this process's working folder."""
+    here, python = shlex.quote(str(Path.cwd())), shlex.quote(sys.executable)
+    # -P: what lies in the working folder must not pass for the package, or for the standard library's `platform`.
+    return (
+        f"d=$(mktemp -d) && printf %s {shlex.quote(text)} > $d/job.yaml && cd {here} && "
+        f"exec {python} -P -m fewstep {job} $d/job.yaml --ray-address {address}"
+    )
 
 
 @contextmanager

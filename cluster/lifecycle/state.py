@@ -16,11 +16,17 @@ _FILE = "cluster.json"
 
 @dataclass(frozen=True)
 class Member:
-    """A host's `ray start --block`: the pid on that host and the process's start time (a pid alone may be reused)."""
+    """A host's `ray start --block`.
+
+    Attributes:
+        pid, started: on that host, and the process's start time (a pid alone may be reused).
+        folder: what was written there for it, the token among it; empty for the head, whose folder is the cluster's.
+    """
 
     host: str
     pid: int
     started: str
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ def save(folder: Path, state: ClusterState) -> None:
     atomic_write_text(folder / _FILE, json.dumps(asdict(state), indent=2) + "\n")
 
 
+def is_up(folder: Path) -> bool:
+    """Whether a cluster was started from there, and not wholly ended since."""
+    return (folder / _FILE).exists()
+
+
 def load(folder: Path) -> ClusterState:
     """Raises ResourceError: no cluster was started from there."""
     try:
@@ -58,12 +69,11 @@ def forget(folder: Path) -> None:
     token_file(folder).unlink(missing_ok=True)
 
 
+def member_environment(token: str | Path) -> dict[str, str]:
+    """Variables of a process that belongs to the cluster: it shows, and asks for, the token in that file."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 def as_member(folder: Path) -> AbstractContextManager[None]:
     """This process shows the cluster's token for the length of a block."""
-    return environment_of(
-        {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token_file(folder)),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-    )
+    return environment_of(member_environment(token_file(folder)))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -14,13 +15,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from fewstep.cluster.deploy import free_port
 from fewstep.cluster.lifecycle.settings import ClusterFolder, StatusConfig, UpConfig
-from fewstep.cluster.lifecycle.state import ClusterState, Member, forget, load, save, token_file
+from fewstep.cluster.lifecycle.state import (
+    ClusterState,
+    Member,
+    forget,
+    is_up,
+    load,
+    member_environment,
+    save,
+    token_file,
+)
 from fewstep.cluster.session import WORKER_ENV, end_processes, process_start, process_tree
 from fewstep.platform.errors import ResourceError
+from fewstep.platform.ports import free_port
 
 _READY_S = 120.0
 _STOP_S = 20.0
@@ -28,12 +39,13 @@ _STARTED = "this node joined"
 
 
 def up(config: UpConfig) -> None:
-    """Starts the head here and a worker on every host; all or nothing.
+    """Starts the head here and a worker on every host; all or nothing, also when it is interrupted.
 
     Raises:
-        ResourceError: a cluster is up already, a port is taken, or a host did not come up; what had started is ended.
+        ResourceError: a cluster is up already, a port is taken, or a host did not come up; what had started is ended. A host
+            that could not be asked to end its own stays known, for `fewstep down`.
     """
-    if (config.folder / "cluster.json").exists():
+    if is_up(config.folder):
         raise ResourceError(
             str(config.folder), "a cluster that is up", "one cluster a folder", "`fewstep down` first"
         )
@@ -61,14 +73,18 @@ def up(config: UpConfig) -> None:
 
 
 def down(config: ClusterFolder) -> None:
-    """Ends every host's servers, workers first. Raises ResourceError: there is no cluster, or a host is out of reach."""
+    """Ends every host's servers, workers first.
+
+    Raises:
+        ResourceError: there is no cluster, or hosts are out of reach; those stay known, so that it can be said again.
+    """
     lost = _stop(config.folder, load(config.folder))
     if lost:
         raise ResourceError(
             ", ".join(lost),
             "no way to end it",
             "hosts that can be reached",
-            "end its `ray start` there by hand",
+            f"`fewstep down` again when they can; remove {config.folder} if they are gone for good",
         )
     print("down")
 
@@ -105,9 +121,7 @@ def _start_head(config: UpConfig) -> Member:
         f"--dashboard-agent-listen-port={free_port('127.0.0.1', 0)}",
         *([] if config.num_cpus is None else [f"--num-cpus={config.num_cpus}"]),
     )  # fmt: skip
-    environment = os.environ | WORKER_ENV | {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file(config.folder)), "RAY_USAGE_STATS_ENABLED": "0"
-    }  # fmt: skip
+    environment = os.environ | WORKER_ENV | member_environment(token_file(config.folder))
     if config.redis:
         environment["RAY_REDIS_ADDRESS"] = config.redis
     log = config.folder / "head.log"
@@ -117,30 +131,29 @@ def _start_head(config: UpConfig) -> Member:
         )
     started = process_start(process.pid)
     member = Member("this host", process.pid, started or "")
-    deadline = time.monotonic() + _READY_S
-    while b"Ray runtime started" not in log.read_bytes():
-        if process.poll() is not None or time.monotonic() > deadline:
-            _end_here(member)
-            raise ResourceError("ray", _last_line(log.read_text()), "a head that starts", f"see {log}")
-        time.sleep(0.1)
+    try:
+        deadline = time.monotonic() + _READY_S
+        while b"Ray runtime started" not in log.read_bytes():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ResourceError("ray", _last_line(log.read_text()), "a head that starts", f"see {log}")
+            time.sleep(0.1)
+    except BaseException:
+        _end_here(member)  # nobody else knows of it yet
+        raise
     return member
 
 
 def _start_worker(config: UpConfig, host: str) -> Member:
     """Starts the worker in the background of a shell on the host; the token travels by standard input."""
     folder = f"/tmp/fewstep-{secrets.token_hex(4)}"
-    environment = WORKER_ENV | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    environment = WORKER_ENV | member_environment(f"{folder}/token")
     words = _ray(
         f"--address={config.node_ip}:{config.port}", f"--object-store-memory={config.object_store_mb * 2**20}",
         *([] if config.host_cpus is None else [f"--num-cpus={config.host_cpus}"]),
     )  # fmt: skip
     exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
     # The worker's address is the one it reaches the head from; a host with several would guess.
-    script = f"""
+    script = f"""{_end_member()}
 set -eu
 umask 077
 mkdir -p {folder}
@@ -149,18 +162,31 @@ address=$(ip -o route get {shlex.quote(config.node_ip)} | sed -n 's/.* src \\([^
 export {exports}
 setsid nohup {shlex.join(words)} "--node-ip-address=$address" < /dev/null > {folder}/worker.log 2>&1 &
 pid=$!
-for _ in $(seq 600); do
+started=$(started_of $pid)
+echo "$pid $started" > {folder}/member
+for _ in $(seq {_READY_S * 5:.0f}); do
   if grep -q 'Ray runtime started' {folder}/worker.log; then
-    echo "{_STARTED} $pid $(cut -d ' ' -f 22 /proc/$pid/stat)"
+    echo "{_STARTED} $pid $started"
     exit 0
   fi
   kill -0 $pid 2> /dev/null || break
   sleep 0.2
 done
 tail -n 1 {folder}/worker.log >&2
+end_member $pid "$started" {folder}
 exit 1
 """
-    answer = _on(config.ssh, host, script, timeout_s=_READY_S + 30)
+    try:
+        answer = _on(config.ssh, host, script, timeout_s=_READY_S + _STOP_S + 30)
+    except BaseException:
+        # Its shell may be at work still, or may have started what nobody here has been told of.
+        unheard = f"""{_end_member()}
+read -r pid started < {folder}/member || pid=0 started=
+end_member "$pid" "$started" {folder}
+"""
+        with contextlib.suppress(ResourceError):
+            _on(config.ssh, host, unheard)
+        raise
     line = next((line for line in answer.stdout.splitlines() if line.startswith(_STARTED)), None)
     if line is None:
         raise ResourceError(
@@ -170,7 +196,30 @@ exit 1
             "see `fewstep doctor` on it",
         )
     pid, started = line.removeprefix(_STARTED).split()
-    return Member(host, int(pid), started)
+    return Member(host, int(pid), started, folder)
+
+
+def _end_member() -> str:
+    """The function `end_member PID STARTED FOLDER` of a host's shell.
+
+    It ends the same process and no later one with its number; its servers are its own session's. The folder goes with it:
+    the token is in it.
+    """
+    return f"""
+started_of() {{ cut -d ' ' -f 22 "/proc/$1/stat" 2> /dev/null || true; }}
+end_member() {{
+  pid=$1 started=$2 folder=$3
+  if [ -n "$started" ] && [ "$(started_of "$pid")" = "$started" ]; then
+    kill -TERM "$pid" || true
+    for _ in $(seq {_STOP_S * 5:.0f}); do [ "$(started_of "$pid")" = "$started" ] || break; sleep 0.2; done
+    for stat in /proc/[0-9]*/stat; do
+      set -- $(sed 's/.*) //' "$stat" 2> /dev/null)
+      [ "${{4:-}}" != "$pid" ] || kill -KILL "$(basename "$(dirname "$stat")")" 2> /dev/null || true
+    done
+  fi
+  rm -rf "$folder"
+}}
+"""
 
 
 def _on(
@@ -188,29 +237,22 @@ def _on(
 
 
 def _stop(folder: Path, state: ClusterState) -> list[str]:
-    """Ends members, the head last; the hosts that could not be asked."""
+    """Ends members, the head last, and forgets the cluster but for the hosts that could not be asked, which it names."""
     lost = []
     for member in reversed(state.members[1:]):
-        # The same process and no later one with its number; its servers are its own session's.
-        script = f"""
-same() {{ [ "$(cut -d ' ' -f 22 /proc/{member.pid}/stat 2> /dev/null)" = {member.started} ]; }}
-same || exit 0
-kill -TERM {member.pid}
-for _ in $(seq 100); do same || break; sleep 0.2; done
-for stat in /proc/[0-9]*/stat; do
-  set -- $(sed 's/.*) //' "$stat" 2> /dev/null)
-  [ "${{4:-}}" != {member.pid} ] || kill -KILL "$(basename "$(dirname "$stat")")" 2> /dev/null || true
-done
-"""
+        words = shlex.join([str(member.pid), member.started, member.folder])
         try:
-            if _on(state.ssh, member.host, script).returncode:
-                lost.append(member.host)
+            if _on(state.ssh, member.host, f"{_end_member()}\nend_member {words}").returncode:
+                lost.append(member)
         except ResourceError:
-            lost.append(member.host)
+            lost.append(member)
     if state.members:
         _end_here(state.members[0])
-    forget(folder)
-    return lost
+    if lost:
+        save(folder, replace(state, members=(state.members[0], *reversed(lost))))
+    else:
+        forget(folder)
+    return [member.host for member in lost]
 
 
 def _alive(state: ClusterState, member: Member) -> bool:

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from fewstep.cluster.plan.broadcast import Link, from_holders, simulate
+from fewstep.cluster.plan.push import push_of
 from fewstep.cluster.plan.settings import PlanConfig
-from fewstep.cluster.plan.sizing import load_s
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,14 @@ def _scale(config: PlanConfig, num_replicas: int) -> Scale:
     control, fleet, size = config.control, config.fleet, config.model.weight_bytes
     nodes = math.ceil(num_replicas / fleet.replicas_per_node)
     link = Link(fleet.network_bytes_per_s, control.hop_s)
-    buckets = control.bucket_bytes
-    tree = simulate(nodes, size, link, fan_out=control.fan_out, bucket_bytes=buckets)
+    push = push_of(config, num_replicas)
     tick = num_replicas * control.decision_s
     share = (num_replicas * control.call_s + tick) / control.heartbeat_s
-    calls, put = num_replicas * control.call_s, size / control.object_put_bytes_per_s
-    load = load_s(config.model, control.load_s_per_gb)
     parts = {
-        "object store (the driver's put)": put,
-        "weight tree": tree.seconds,
-        "controller (one call a replica)": calls,
-        "loading into tensors": load,
+        "object store (the driver's put)": push.put_s,
+        "weight tree": push.tree.seconds,
+        "controller (one call a replica)": push.calls_s,
+        "loading into tensors": push.load_s,
     }
     binds = max(parts, key=lambda name: parts[name])
     return Scale(
@@ -65,12 +62,12 @@ def _scale(config: PlanConfig, num_replicas: int) -> Scale:
         num_nodes=nodes,
         controller_share=share,
         tick_s=tick,
-        calls_s=calls,
-        put_s=put,
-        flat_s=simulate(nodes, size, link, fan_out=None, bucket_bytes=buckets).seconds,
+        calls_s=push.calls_s,
+        put_s=push.put_s,
+        flat_s=simulate(nodes, size, link, fan_out=None, bucket_bytes=control.bucket_bytes).seconds,
         holders_s=from_holders(nodes, size, link).seconds,
-        tree_s=tree.seconds,
-        tree_depth=tree.depth,
-        push_s=sum(parts.values()),
+        tree_s=push.tree.seconds,
+        tree_depth=push.tree.depth,
+        push_s=push.seconds,
         binds="controller (heartbeats)" if share > 1.0 else binds,
     )

@@ -26,11 +26,6 @@ class Device:
     price_per_hour: float
     source: str
 
-    @property
-    def ridge_rows(self) -> float:
-        """Rows from which a dense bf16 matrix product is bound by arithmetic: F * w / (2 * BW), w = 2 bytes."""
-        return self.flops_per_s / self.memory_bytes_per_s
-
 
 DEVICES: dict[str, Device] = {
     device.name: device

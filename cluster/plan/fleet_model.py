@@ -17,6 +17,7 @@ import numpy as np
 from fewstep.cluster.plan.answers import AnswerSource
 from fewstep.cluster.plan.replica_model import Job, ReplicaModel
 from fewstep.cluster.plan.step_cost import StepCost
+from fewstep.pipelines.load_summary import arrivals
 from fewstep.platform.rng import generator
 
 _Kind = Literal["arrival", "step", "fail", "up", "push", "pushed"]
@@ -205,9 +206,8 @@ class FleetModel:
 
 def poisson_jobs(source: AnswerSource, rate_per_s: float, count: int, seed: int) -> list[Job]:
     """Jobs that arrive independently of each other, `rate_per_s` in the mean."""
-    gaps = generator(seed, "arrivals").exponential(1.0 / rate_per_s, size=count)
     answers = generator(seed, "answers")
-    return [Job(float(at), source.draw(answers)) for at in np.cumsum(gaps)]
+    return [Job(at, source.draw(answers)) for at in arrivals(rate_per_s, count, seed)]
 
 
 def burst_jobs(source: AnswerSource, count: int, seed: int) -> list[Job]:

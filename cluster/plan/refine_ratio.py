@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from fewstep.cluster.plan.answers import ProfiledAnswers
 from fewstep.cluster.plan.devices import Device
 from fewstep.cluster.plan.fleet_model import FleetModel, FleetSpec, burst_jobs
+from fewstep.cluster.plan.push import push_of
 from fewstep.cluster.plan.settings import PlanConfig, PolicyProfile
-from fewstep.cluster.plan.sizing import num_pages, push_s
+from fewstep.cluster.plan.sizing import num_pages
 from fewstep.cluster.plan.step_cost import Roofline
 
 _POINTS = 9
@@ -61,7 +62,7 @@ def best_ratio(config: PlanConfig, device: Device, profile: PolicyProfile) -> Ra
     alone = (
         rollout_s(config, device, profile, pages, replicas)
         + update_s(config, device, refine.num_devices)
-        + push_s(config, replicas)
+        + push_of(config, replicas).seconds
         + refine.verify_s
     )
     return Ratio(splits, best, alone, least)
@@ -71,7 +72,7 @@ def _split(config: PlanConfig, device: Device, profile: PolicyProfile, pages: in
     refine = config.refine
     replicas = (refine.num_devices - trainers) // config.fleet.tensor_parallel
     rollouts = rollout_s(config, device, profile, pages, replicas)
-    update, push = update_s(config, device, trainers), push_s(config, replicas)
+    update, push = update_s(config, device, trainers), push_of(config, replicas).seconds
     return Split(
         trainers,
         replicas * config.fleet.tensor_parallel,

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from fewstep.cluster.plan.answers import ProfiledAnswers
-from fewstep.cluster.plan.broadcast import Link, simulate
 from fewstep.cluster.plan.devices import DEVICES, Device
 from fewstep.cluster.plan.fleet_model import FleetModel, FleetRun, FleetSpec, burst_jobs, poisson_jobs
-from fewstep.cluster.plan.settings import PlanConfig, PlannedModel, PolicyProfile
+from fewstep.cluster.plan.push import push_of
+from fewstep.cluster.plan.settings import PlanConfig, PolicyProfile
 from fewstep.cluster.plan.step_cost import Roofline
 
 _BISECTIONS = 6
@@ -55,28 +55,6 @@ def num_pages(config: PlanConfig, device: Device, block_size: int) -> int:
     room = device.memory_bytes * config.fleet.memory_share * config.fleet.tensor_parallel
     room -= config.model.weight_bytes
     return max(0, int(room / (config.model.kv_bytes_per_token * block_size)))
-
-
-def push_s(config: PlanConfig, num_replicas: int) -> float:
-    """Seconds in which new weights are put into the object store, go down the tree, and into so many replicas' tensors."""
-    nodes = max(1, math.ceil(num_replicas / config.fleet.replicas_per_node))
-    control = config.control
-    link = Link(config.fleet.network_bytes_per_s, control.hop_s)
-    sent = simulate(
-        nodes,
-        config.model.weight_bytes,
-        link,
-        fan_out=control.fan_out,
-        bucket_bytes=control.bucket_bytes,
-    )
-    put = config.model.weight_bytes / control.object_put_bytes_per_s
-    calls = num_replicas * control.call_s
-    return put + calls + sent.seconds + load_s(config.model, control.load_s_per_gb)
-
-
-def load_s(model: PlannedModel, load_s_per_gb: float) -> float:
-    """Seconds in which a replica takes weights that have arrived."""
-    return model.weight_bytes / 1e9 * load_s_per_gb
 
 
 def size_for(config: PlanConfig, device: Device, profile: PolicyProfile) -> Size:
@@ -149,7 +127,7 @@ def _confirmed(
             mean_s_between_failures=fleet.mean_hours_between_failures * 3600,
             restart_s=fleet.restart_s,
             push_every_s=fleet.push_every_s,
-            push_s=push_s(config, num_replicas),
+            push_s=push_of(config, num_replicas).load_s,
         )
         run = _run_at(config, whole, source, wanted * simulated / num_replicas)
         if run.latency_s(95, _WARM_UP) <= config.workload.p95_s:

@@ -49,15 +49,15 @@ class Hosts:
         """What to put before a command that runs on a host."""
         return ["ip", "netns", "exec", self.names[host]]
 
-    def start(self, host: int, *words: str, **more: str) -> subprocess.Popen[str]:
+    def start(self, host: int, *words: str, cwd: Path = ROOT, **more: str) -> subprocess.Popen[str]:
         """A command on a host, both outputs in one pipe."""
         return subprocess.Popen(
-            [*self.inside(host), *words], env=self.environment | more, cwd=ROOT, text=True,
+            [*self.inside(host), *words], env=self.environment | more, cwd=cwd, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
-    def fewstep(self, host: int, *words: str) -> subprocess.Popen[str]:
-        return self.start(host, sys.executable, "-m", "fewstep", *words)
+    def fewstep(self, host: int, *words: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
+        return self.start(host, sys.executable, "-P", "-m", "fewstep", *words, cwd=cwd)
 
     def ray(self, host: int, *words: str, **more: str) -> None:
         """`ray start` on a host; returns when it runs."""

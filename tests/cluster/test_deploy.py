@@ -25,9 +25,10 @@ from tests.actors.serving.tiny import save_tiny
 from fewstep.actors.serving.keys import make_key, write_keys
 from fewstep.cluster import deploy, session
 from fewstep.cluster.admission import check_access
-from fewstep.cluster.deploy import ServeConfig, ServedEndpoint, free_port, serve_model
+from fewstep.cluster.deploy import ServeConfig, ServedEndpoint, serve_model
 from fewstep.kernels.model.checkpoint import embedded_model
 from fewstep.platform.errors import CheckpointError, ConfigError, ResourceError
+from fewstep.platform.ports import free_port
 from fewstep.platform.records import DecodePolicy
 
 LONG: dict[str, Any] = {
