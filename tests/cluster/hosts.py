@@ -21,14 +21,35 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 26400
 DASHBOARD_PORT = 28265
-# A node that is silent for three periods is dead; Ray's defaults take minutes.
+# A node is dead after half a minute of silence: Ray's defaults take minutes, and a node that waits for a core is silent, too.
 HEALTH = {
-    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "6000",
     "RAY_health_check_failure_threshold": "4",
-    "RAY_raylet_start_wait_time_s": "90",
+    "RAY_raylet_start_wait_time_s": "180",
 }
+# Whatever ends the tests, a signal or SIGKILL included, ends their end of this process's standard input, and with that the
+# hosts, everything that runs on them and their folder.
+_REAPER = """
+import os, shutil, signal, subprocess, sys, time
+sys.stdin.buffer.read()
+folder, *names = sys.argv[1:]
+deadline = time.monotonic() + 60
+for name in names:
+    while time.monotonic() < deadline:
+        found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+        if not found:
+            break
+        for pid in found:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.05)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+shutil.rmtree(folder, ignore_errors=True)
+"""
 
 
 def run(*words: str) -> None:
@@ -70,7 +91,7 @@ class Hosts:
             done = subprocess.run(
                 [*self.inside(host), binary, "start", *address, *common, *words],
                 env=self.environment | more, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                timeout=150, check=False, start_new_session=True,
+                timeout=300, check=False, start_new_session=True,
             )  # fmt: skip
         assert done.returncode == 0, log.read_text()
 
@@ -111,7 +132,7 @@ class Hosts:
         for pid in only or self.pids(host):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not only and self.pids(host) and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -128,6 +149,11 @@ def open_hosts(count: int) -> Iterator[Hosts]:
     switch = f"fs{tag}-sw"
     folder = Path(tempfile.mkdtemp(prefix="fs", dir="/tmp"))
     hosts = Hosts(tag, names, [f"10.231.{net}.{index + 1}" for index in range(count)], folder)
+    reaper = subprocess.Popen(
+        [sys.executable, "-c", _REAPER, str(folder), *names, switch],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         try:
             _wire(hosts, switch)
@@ -147,11 +173,7 @@ def open_hosts(count: int) -> Iterator[Hosts]:
         }  # fmt: skip
         yield hosts
     finally:
-        for index in range(count):
-            hosts.kill(index)
-        for name in [*names, switch]:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-        shutil.rmtree(folder, ignore_errors=True)
+        reaper.communicate(timeout=120)
 
 
 def _wire(hosts: Hosts, switch: str) -> None:

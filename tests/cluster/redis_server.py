@@ -44,7 +44,7 @@ def redis_server(
     log = folder / "redis.log"
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as server:
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while b"Ready to accept" not in log.read_bytes():
                 assert server.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, "Redis did not start"
@@ -52,4 +52,4 @@ def redis_server(
             yield f"{bind}:{port}"
         finally:
             server.terminate()
-            server.wait(10)
+            server.wait(60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cluster.hosts import PORT, Hosts, open_hosts
+from tests.cluster.hosts import PORT, ROOT, Hosts, open_hosts
 from tests.cluster.redis_server import redis_server
+
+from fewstep.cluster.session import process_start
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif("FEWSTEP_HOSTS" not in os.environ, reason="takes minutes: set FEWSTEP_HOSTS=1"),
+    pytest.mark.timeout(1200),
 ]
 
 REFINE = [
@@ -40,15 +40,16 @@ def hosts() -> Iterator[Hosts]:
 def findings(hosts: Hosts, *words: str) -> tuple[int, list[dict[str, str]]]:
     address = f"address={hosts.addresses[0]}:{PORT}"
     with hosts.fewstep(0, "doctor", address, "show=json", *words) as process:
-        text, _ = process.communicate(timeout=240)
+        text, _ = process.communicate(timeout=600)
     assert "{" in text, text
     return process.returncode, json.JSONDecoder().raw_decode(text[text.index("{") :])[0]["findings"]
 
 
 def test_the_doctor_sees_every_host_and_a_slow_link(hosts: Hosts, tmp_path: Path) -> None:
-    hosts.slow(2, rate_mbit=40)
+    # 2 MB/s; a link of this machine's memory moves more than ten times the bound, on a busy machine too.
+    hosts.slow(2, rate_mbit=16)
     try:
-        code, found = findings(hosts, "min_gloo_mb_per_s=15", f"shared_folder={tmp_path}")
+        code, found = findings(hosts, "min_gloo_mb_per_s=5", f"shared_folder={tmp_path}")
     finally:
         hosts.slow(2, rate_mbit=0)
     assert {item["node"] for item in found if item["check"] == "sandbox"} == set(hosts.addresses)
@@ -112,7 +113,7 @@ def test_a_service_over_hosts_answers_on_when_one_of_them_dies(hosts: Hosts) -> 
 
     def ask(count: int) -> list[str]:
         with hosts.start(0, sys.executable, "-c", ASK, "http://127.0.0.1:18000/v1", str(count)) as process:
-            text, _ = process.communicate(timeout=240)
+            text, _ = process.communicate(timeout=600)
         assert process.returncode == 0, text
         return text.split()
 
@@ -128,7 +129,7 @@ def test_a_service_over_hosts_answers_on_when_one_of_them_dies(hosts: Hosts) -> 
         finally:
             server.send_signal(signal.SIGINT)
             server.stdout.read()
-            server.wait(120)
+            server.wait(300)
 
 
 def command_of(pid: int) -> str:
@@ -152,14 +153,14 @@ def test_a_head_that_restarts_finds_its_actors_again_in_redis(tmp_path: Path) ->
             actor = ray.remote(num_cpus=1)(Count).options(name="count", lifetime="detached").remote()
         else:
             actor = ray.get_actor("count")
-        print("answer", ray.get(actor.up.remote(), timeout=60), flush=True)
+        print("answer", ray.get(actor.up.remote(), timeout=240), flush=True)
         """
     )
 
     def ask(hosts: Hosts, what: str) -> str:
         words = [sys.executable, "-c", script, f"{hosts.addresses[0]}:{PORT}", hosts.addresses[1], what]
         with hosts.start(1, *words) as process:
-            text, _ = process.communicate(timeout=120)
+            text, _ = process.communicate(timeout=400)
         return text
 
     with (
@@ -177,12 +178,33 @@ def test_a_head_that_restarts_finds_its_actors_again_in_redis(tmp_path: Path) ->
         assert "answer 2" in ask(hosts, "again")
 
 
-def test_hosts_leave_nothing_behind() -> None:
-    with open_hosts(1) as hosts:
-        process = hosts.start(0, "sleep", "60")
-        assert process.pid in hosts.pids(0)
-    with process:
-        assert process.wait(10) == -9
-    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    assert hosts.tag not in left
-    assert not hosts.folder.exists()
+KEEP = """
+import subprocess, time
+from tests.cluster.hosts import open_hosts
+with open_hosts(1) as hosts:
+    sleeper = subprocess.Popen([*hosts.inside(0), "sleep", "600"], start_new_session=True)
+    print(hosts.tag, hosts.folder, sleeper.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_hosts_leave_nothing_behind_however_the_tests_end(number: signal.Signals) -> None:
+    with open_hosts(1):
+        pass  # skips where there are no namespaces
+    command = [sys.executable, "-c", KEEP]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as tests:
+        assert tests.stdout is not None
+        tag, folder, sleeper = tests.stdout.readline().split()
+        assert process_start(int(sleeper)) is not None
+        tests.send_signal(number)
+    deadline = time.monotonic() + 120
+    while process_start(int(sleeper)) or tag in namespaces() or Path(folder).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
