@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from fewstep.actors.serving.access_log import LogConfig
 from fewstep.actors.serving.limits import LimitsConfig
 from fewstep.actors.serving.model_source import ModelSource
+from fewstep.actors.serving.scaling_config import Routing, ScalingConfig
 from fewstep.actors.serving.tracing import require_tracing
 from fewstep.cluster.admission import check_access, drain, ending
 from fewstep.cluster.served_models import check_model, model_sources
@@ -62,6 +63,11 @@ class ServeConfig(Config):
     """host:port of a running Ray cluster whose nodes take the replicas; empty = a Ray of its own on this machine."""
     num_replicas: int = Field(default=1, ge=1)
     """Engines, each in a process of its own."""
+    scaling: ScalingConfig = ScalingConfig()
+    """As many replicas as the work left asks for, in place of `num_replicas`."""
+    routing: Literal["auto", "requests", "load", "prefix"] = "auto"
+    """Which replica a request goes to: of two, the one with fewer requests, or less work left, or the one that has seen
+    the prompt's beginning unless it has much more to do; auto = prefix where `scaling` is on, else requests."""
     cpus_per_replica: float = Field(default=1.0, gt=0.0)
     """Logical CPUs of each replica; torch uses as many threads, at least one."""
     max_sequences: int = Field(default=64, ge=1)
@@ -96,6 +102,38 @@ class ServeConfig(Config):
         if self.address and self.front == "replicas":
             raise ValueError("front=replicas is for one machine; with address= leave it at proxy")
         return self
+
+    @model_validator(mode="after")
+    def _scaling_has_a_router(self) -> ServeConfig:
+        if self.scaling.on and self.num_replicas != 1:
+            raise ValueError(
+                "num_replicas and scaling.max_replicas exclude each other; leave num_replicas out"
+            )
+        if self.front == "replicas" and self.scaling.on:
+            raise ValueError(
+                "scaling.max_replicas needs front=proxy: with front=replicas the kernel deals connections"
+            )
+        if self.front == "replicas" and self.routing not in ("auto", "requests"):
+            raise ValueError(
+                f"routing={self.routing} needs front=proxy: with front=replicas the kernel deals connections"
+            )
+        return self
+
+    @property
+    def least_replicas(self) -> int:
+        """Replicas that there are without load; `most_replicas` under any."""
+        return self.scaling.min_replicas if self.scaling.on else self.num_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        return self.scaling.max_replicas if self.scaling.on else self.num_replicas
+
+    @property
+    def chosen_routing(self) -> Routing:
+        """`routing`, decided."""
+        if self.routing == "auto":
+            return "prefix" if self.scaling.on else "requests"
+        return self.routing
 
 
 @dataclass(frozen=True)
@@ -189,7 +227,7 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
 
     from fewstep.cluster.session import ray_session, require_resources
 
-    need = {"CPU": config.num_replicas * config.cpus_per_replica}
+    need = {"CPU": config.least_replicas * config.cpus_per_replica}
     if ray.is_initialized():
         require_resources(need)
         return
@@ -197,7 +235,8 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
         stack.enter_context(ray_session(address=config.address, need=need))
         return
     # Logical CPUs: two replicas of one CPU may share a core, so the session is never smaller than the need.
-    cpus = max(math.ceil(need["CPU"]), len(os.sched_getaffinity(0)))
+    most = config.most_replicas * config.cpus_per_replica
+    cpus = max(math.ceil(most), len(os.sched_getaffinity(0)))
     stack.enter_context(ray_session(cpus, need=need))
 
 
@@ -219,7 +258,17 @@ def serving_options(config: ServeConfig, listen: tuple[str, int] | None = None) 
         "desk": DeskOptions(config.limits, log, keys, config.trace_endpoint),
         "drain_s": config.drain_seconds,
         "listen": listen,
+        "scaling": config.scaling,
+        "routing": config.chosen_routing,
     }
+
+
+def proxy_environment(config: ServeConfig) -> dict[str, str]:
+    """Variables of Serve's proxies: what shows their router the prompt's beginning."""
+    if config.chosen_routing != "prefix":
+        return {}
+    hook = "fewstep.actors.serving.prefix_routing.proxy_middlewares"
+    return {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": hook}
 
 
 def _proxies(config: ServeConfig) -> str:
@@ -245,7 +294,8 @@ def _start(config: ServeConfig, sources: Sequence[ModelSource], port: int) -> No
             proxy_location=_proxies(config),
             http_options=HTTPOptions(host=config.host, port=port),
             logging_config=LoggingConfig(log_level="WARNING"),
-            controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENV}},
+            # The proxies are the controller's actors, and have what it has.
+            controller_options={"runtime_env": {"env_vars": _CONTROLLER_ENV | proxy_environment(config)}},
         )
         serve.run(app, name=APPLICATION, route_prefix="/")
     except (RuntimeError, TimeoutError, RayError) as error:

@@ -30,7 +30,7 @@ def plan(config: ServeConfig) -> list[tuple[str, str]]:
     limits = config.limits
     lines += [
         ("listens", f"{config.host}:{config.port or 'any free port'}, {keys}"),
-        ("slots", f"{config.max_sequences} answers at once in each of {config.num_replicas} replicas"),
+        ("slots", f"{config.max_sequences} answers at once in each of {_replicas(config)} replicas"),
         ("queue", f"{limits.max_waiting} more answers wait in each, then 429"),
         ("deadline", f"{limits.request_seconds:g} s a request; {config.drain_seconds:g} s to drain"),
         (
@@ -49,6 +49,11 @@ def plan(config: ServeConfig) -> list[tuple[str, str]]:
     return lines
 
 
+def _replicas(config: ServeConfig) -> str:
+    least, most = config.least_replicas, config.most_replicas
+    return str(least) if least == most else f"{least} to {most}"
+
+
 def _models(config: ServeConfig) -> list[tuple[str, str]]:
     """A line or two for each model, then what a replica with all of them takes."""
     try:
@@ -56,11 +61,11 @@ def _models(config: ServeConfig) -> list[tuple[str, str]]:
         found = [_model(config, Path(source.folder), source.name) for source in sources]
     except UserError as error:
         return [("refused", str(error))]
-    num_bytes = config.num_replicas * sum(size for _, size in found)
+    num_bytes = config.most_replicas * sum(size for _, size in found)
     free = psutil.virtual_memory().available
     lines = [line for own, _ in found for line in own]
     lines += [
-        ("replicas", f"{config.num_replicas} of {config.cpus_per_replica:g} CPUs, each with every model"),
+        ("replicas", f"{_replicas(config)} of {config.cpus_per_replica:g} CPUs, each with every model"),
         ("together", f"{byte_text(num_bytes)} of {byte_text(free)} free, and about 0.5 GiB of libraries a replica"),
     ]  # fmt: skip
     if num_bytes > free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer
 
 from fewstep.actors.engine.cache import PageStore, num_pages_for, page_bytes, page_size
 from fewstep.actors.engine.canvas import BlockReport, Canvases
+from fewstep.actors.engine.pace import Pace
 from fewstep.actors.engine.pages import PagePool
 from fewstep.actors.engine.progress import Outcome, advance
 from fewstep.actors.engine.record import record
@@ -70,6 +72,7 @@ class Engine:
         self.weight_version = weight_version
         self.forwards = self.committed_tokens = self.rows = 0
         self._drift_sum, self._drift_count = 0.0, 0
+        self._pace = Pace()
         weight = model.head_weight
         num_pages = num_pages_for(self.config, weight.dtype, weight.device, max_sequences, memory_bytes)
         self._page_bytes = page_bytes(self.config, weight.dtype)
@@ -106,9 +109,12 @@ class Engine:
 
         pages_*: of the pool, `cached` ones hold a block for reuse and are given out when free ones run out;
         static_forwards: forwards run as steps of fixed shape; page_bytes: bytes of one over all layers; prefix_hits, prefix_misses: blocks found and not found;
-        cache_drift: mean over refreshes of an approximate cache (see `Trajectory`).
+        cache_drift: mean over refreshes of an approximate cache (see `Trajectory`);
+        masks_running, masks_waiting: tokens that requests in a slot and before it may still write; the rest: see `Pace`.
         """
-        pool, scheduler = self._pool, self._scheduler
+        pool, scheduler, pace = self._pool, self._scheduler, self._pace
+        # Copied in one go: another thread may be stepping.
+        running, waiting = list(scheduler.running.values()), list(scheduler.waiting)
         return {
             "num_running": self.num_running,
             "num_waiting": self.num_waiting,
@@ -125,6 +131,12 @@ class Engine:
             "prefix_misses": pool.misses,
             "preemptions": scheduler.preemptions,
             "cache_drift": self._drift_sum / max(1, self._drift_count),
+            "masks_running": sum(max(0, sequence.end - sequence.text_end) for sequence in running),
+            "masks_waiting": sum(request.max_tokens for request in waiting),
+            "tokens_per_forward": pace.tokens_per_forward,
+            "step_s": pace.step_s,
+            "answer_tokens": pace.answer_tokens,
+            "answer_share": pace.answer_share,
         }
 
     def add(self, request: Request) -> None:
@@ -194,6 +206,7 @@ class Engine:
     def step(self) -> list[Update]:
         """One forward for every running request that has pages for it; updates of those that got something final or are
         watched."""
+        started = time.perf_counter()
         self._admit()
         spans = self._scheduler.plan()
         if not spans:
@@ -217,6 +230,8 @@ class Engine:
                 update = replace(update, canvas=view)
             if update.last or update.text or update.num_new_tokens or view is not None:
                 updates.append(update)
+        num_tokens = sum(update.num_new_tokens for update in updates)
+        self._pace.note_step(num_tokens, len(sequences), time.perf_counter() - started)
         return updates
 
     def _run(self, spans: list[Span]) -> tuple[list[Running], list[BlockReport]]:
@@ -320,6 +335,7 @@ class Engine:
             return Update(name, text, num_new)
         reason: FinishReason = "stop" if stopped or outcome.eos else "length"
         trajectory = self._trajectory(sequence, live_end, num_tokens, reason)
+        self._pace.note_answer(num_tokens, sequence.request.max_tokens)
         self._end(sequence)
         return Update(name, text, num_new, trajectory)
 

@@ -87,7 +87,7 @@ class Desk:
         self._ring = KeyRing(options.keys) if options.keys is not None else None
         self._budgets: dict[str, tuple[KeyEntry | None, KeyBudgets]] = {}
         self._lines: WeakKeyDictionary[EngineHost, _Line] = WeakKeyDictionary()
-        self.metrics = ServingMetrics(engines, self._num_waiting)
+        self.metrics = ServingMetrics(engines, self.num_waiting)
         self._log = AccessLog(options.log)
         self._spans = Spans(open_tracer(options.trace_endpoint)) if options.trace_endpoint else None
 
@@ -256,7 +256,8 @@ class Desk:
             self._lines[host] = _Line(model, admission)
         return self._lines[host]
 
-    def _num_waiting(self) -> dict[str, int]:
+    def num_waiting(self) -> dict[str, int]:
+        """Answers that wait in front of each engine, by model."""
         lines = {name: self._lines.get(host) for name, host in self._engines().items()}
         return {name: line.admission.num_waiting if line is not None else 0 for name, line in lines.items()}
 

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.exceptions import RayError
 
+from fewstep.actors.serving.load_signal import load_of, together
 from fewstep.actors.serving.model_source import ModelSource
+from fewstep.actors.serving.scaling_config import Routing, ScalingConfig
+from fewstep.actors.serving.serve_policies import deployment_options
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.errors import ActorDied
 from fewstep.platform.records import DecodePolicy
@@ -93,6 +96,7 @@ class ServingReplica:
                 AliasFollower(service, source, engine.dtype, alias_poll_s).start()
         replica = serve.get_replica_context().replica_id.unique_id
         self._desk = Desk(desk, self._engines, replica, self._gather)
+        self._num_reports = 0
         self._front = (
             Front(create_app(*self._services, desk=self._desk), *listen) if listen is not None else None
         )
@@ -113,6 +117,17 @@ class ServingReplica:
     def families(self) -> tuple[str, list[Metric]]:
         """This replica's name and its metrics."""
         return self._desk.replica, self._desk.metrics.families()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve's hook: what this replica has before it (`Load`)."""
+        waiting = self._desk.num_waiting()
+        engines = self._engines().items()
+        return together(load_of(host.measures(), waiting[name]) for name, host in engines).as_stats()
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Ray Serve's hook: the same, with a number by which two reports are told apart."""
+        self._num_reports += 1
+        return {**self.record_autoscaling_stats(), "report": self._num_reports}
 
     async def _gather(self) -> dict[str, list[Metric]]:
         """Metrics of all replicas; one that is just ending or starting is left out of this page."""
@@ -151,23 +166,27 @@ def application(
     desk: DeskOptions,
     drain_s: float,
     listen: tuple[str, int] | None,
+    scaling: ScalingConfig,
+    routing: Routing,
 ) -> Application:
     """The Ray Serve application of one endpoint.
 
     Args:
         num_cpus: logical CPUs of each replica, and torch's threads, at least one.
         drain_s: what an ending replica gives the requests it has accepted.
+        scaling, routing: how many replicas, in place of `num_replicas`, and which one a request goes to.
         others: as ServingReplica's.
     """
     configure: Any = serve.deployment(
         name=DEPLOYMENT,
-        num_replicas=num_replicas,
         # The desk's queue is the fair and bounded one, so Serve holds nothing back that the desk would take or refuse.
         max_ongoing_requests=(2 * engine.max_sequences + desk.limits.max_waiting) * len(sources) + _BESIDE,
         ray_actor_options={"num_cpus": num_cpus},
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,
+        # A prompt's home may have as much more to do as a replica is meant to have.
+        **deployment_options(num_replicas, scaling, routing, slack_s=scaling.backlog_s),
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(

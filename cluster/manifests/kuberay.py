@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
+from fewstep.cluster.deploy import ServeConfig, proxy_environment
 from fewstep.cluster.manifests.settings import ManifestConfig, WorkerGroup
 
 JOB_FOLDER = "/etc/fewstep"
@@ -38,13 +41,13 @@ def ray_job(config: ManifestConfig, ray_version: str) -> dict[str, Any]:
     return _object(config, "RayJob", spec)
 
 
-def ray_service(config: ManifestConfig, job: dict[str, Any], ray_version: str) -> dict[str, Any]:
+def ray_service(config: ManifestConfig, job: ServeConfig, ray_version: str) -> dict[str, Any]:
     """A service. A changed manifest brings up a second cluster and moves the traffic when it is healthy."""
     application = {
         "name": "fewstep",
         "route_prefix": "/",
         "import_path": "fewstep.cluster.serve_app:build",
-        "args": job,
+        "args": job.model_dump(mode="json"),
     }
     serve = {
         "proxy_location": "EveryNode",
@@ -54,7 +57,7 @@ def ray_service(config: ManifestConfig, job: dict[str, Any], ray_version: str) -
     spec = {
         "serveConfigV2": yaml.safe_dump(serve, sort_keys=False),
         "upgradeStrategy": {"type": "NewCluster"},
-        "rayClusterConfig": cluster_spec(config, ray_version),
+        "rayClusterConfig": cluster_spec(config, ray_version, proxy_environment(job)),
     }
     return _object(config, "RayService", spec)
 
@@ -69,8 +72,10 @@ def job_files(config: ManifestConfig, text: str) -> dict[str, Any]:
     }
 
 
-def cluster_spec(config: ManifestConfig, ray_version: str) -> dict[str, Any]:
-    """RayClusterSpec: a head that takes no actors, and the worker groups."""
+def cluster_spec(
+    config: ManifestConfig, ray_version: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """RayClusterSpec: a head that takes no actors, and the worker groups; `environment` is every pod's."""
     spec: dict[str, Any] = {"rayVersion": ray_version}
     if config.autoscale:
         spec |= {
@@ -93,6 +98,9 @@ def cluster_spec(config: ManifestConfig, ray_version: str) -> dict[str, Any]:
         "template": head,
     }
     spec["workerGroupSpecs"] = [_worker_group(config, group) for group in config.workers]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        container["env"] += [{"name": key, "value": value} for key, value in environment.items()]
     return spec
 
 

@@ -37,8 +37,8 @@ def render(config: ManifestConfig) -> str:
     if config.kind == "slurm":
         return sbatch(config, text)
     version = importlib.metadata.version("ray")
-    if config.kind == "rayservice":
-        main = ray_service(config, job.model_dump(mode="json"), version)
+    if isinstance(job, ServeConfig) and config.kind == "rayservice":
+        main = ray_service(config, job, version)
     else:
         main = ray_cluster(config, version) if config.kind == "raycluster" else ray_job(config, version)
     return yaml.safe_dump_all([job_files(config, text), main], sort_keys=False)

@@ -20,7 +20,7 @@ from fewstep.cluster.plan.step_cost import StepCost
 from fewstep.pipelines.load_summary import arrivals
 from fewstep.platform.rng import generator
 
-_Kind = Literal["arrival", "step", "fail", "up", "push", "pushed"]
+Kind = Literal["arrival", "step", "fail", "up", "push", "pushed", "tick"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class FleetModel:
         ]
         self._routes = generator(seed, "routes")
         self._failures = generator(seed, "failures")
-        self._events: list[tuple[float, int, _Kind, int, int]] = []
+        self._events: list[tuple[float, int, Kind, int, int]] = []
         self._count = itertools.count()
         self._homeless: list[Job] = []
         self._now = 0.0
@@ -126,13 +126,18 @@ class FleetModel:
                 self._route(jobs[index])
             elif kind == "push":
                 self._push()
+            elif kind == "tick":
+                self._tick()
             elif epoch == self._replicas[index].epoch or kind == "fail":
                 self._replica_event(kind, index)
         self.run.seconds = self._now - jobs[0].arrival_s
         self.run.preemptions = sum(replica.model.preemptions for replica in self._replicas)
         return self.run
 
-    def _at(self, when: float, kind: _Kind, index: int = -1, epoch: int = 0) -> None:
+    def _tick(self) -> None:
+        """A look at the whole fleet; this one is as large as it is."""
+
+    def _at(self, when: float, kind: Kind, index: int = -1, epoch: int = 0) -> None:
         heapq.heappush(self._events, (when, next(self._count), kind, index, epoch))
 
     def _route(self, job: Job) -> None:
@@ -141,9 +146,13 @@ class FleetModel:
             self._homeless.append(job)
             return
         pair = self._routes.choice(len(up), size=min(2, len(up)), replace=False)
-        chosen = min((up[int(index)] for index in pair), key=lambda i: self._replicas[i].model.num_jobs)
+        chosen = min((up[int(index)] for index in pair), key=self._load)
         self._replicas[chosen].model.waiting.append(job)
         self._start_step(chosen)
+
+    def _load(self, index: int) -> float:
+        """What the router goes by."""
+        return self._replicas[index].model.num_jobs
 
     def _start_step(self, index: int) -> None:
         replica = self._replicas[index]
@@ -159,7 +168,7 @@ class FleetModel:
         self.run.busy_s += seconds
         self._at(self._now + seconds, "step", index, replica.epoch)
 
-    def _replica_event(self, kind: _Kind, index: int) -> None:
+    def _replica_event(self, kind: Kind, index: int) -> None:
         replica = self._replicas[index]
         if kind == "step":
             replica.stepping = False

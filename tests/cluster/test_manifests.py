@@ -17,6 +17,7 @@ import yaml
 
 from fewstep.__main__ import main
 from fewstep.actors.serving.keys import make_key, write_keys
+from fewstep.actors.serving.scaling_config import ScalingConfig
 from fewstep.cluster.commands import COMMANDS
 from fewstep.cluster.deploy import ServeConfig
 from fewstep.cluster.manifests.rendering import render
@@ -146,8 +147,32 @@ def test_a_service_is_given_its_configuration() -> None:
     assert ServeConfig.model_validate(application["args"]) == ServeConfig(
         model="/shared/m", num_replicas=3, keys=Path("/shared/k")
     )
+    assert "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH" not in variables(found)
     module, _, name = application["import_path"].partition(":")
     assert callable(getattr(__import__(module, fromlist=[name]), name))
+
+
+def variables(found: Any) -> dict[str, str]:
+    """Of every pod of a service, which are to be the same."""
+    cluster = found["spec"]["rayClusterConfig"]
+    pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    each = [
+        {item["name"]: item["value"] for item in pod["template"]["spec"]["containers"][0]["env"]}
+        for pod in pods
+    ]
+    assert all(found == each[0] for found in each)
+    return each[0]
+
+
+def test_a_service_that_scales_has_what_its_proxies_route_by() -> None:
+    from ray._common.utils import import_attr
+
+    over = ("keys=/shared/k", "scaling.max_replicas=3", "scaling.backlog_s=1")
+    _, found = documents(ManifestConfig(kind="rayservice", overrides=over))
+    (hook,) = import_attr(variables(found)["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])()
+    assert hook.cls.__name__ == "PrefixHeader"
+    (application,) = yaml.safe_load(found["spec"]["serveConfigV2"])["applications"]
+    assert ServeConfig.model_validate(application["args"]).scaling.max_replicas == 3
 
 
 def test_a_service_builds_from_its_arguments_and_asks_for_keys(tmp_path: Path) -> None:
@@ -159,6 +184,12 @@ def test_a_service_builds_from_its_arguments_and_asks_for_keys(tmp_path: Path) -
     config = ServeConfig(num_replicas=2, name="tiny", keys=tmp_path / "keys.json")
     application = build(config.model_dump(mode="json"))
     assert application._bound_deployment.num_replicas == 2
+    scaled = config.model_copy(
+        update={"num_replicas": 1, "scaling": ScalingConfig(min_replicas=2, max_replicas=5)}
+    )
+    built = build(scaled.model_dump(mode="json"))._bound_deployment._deployment_config
+    assert (built.autoscaling_config.min_replicas, built.autoscaling_config.max_replicas) == (2, 5)
+    assert built.request_router_config.request_router_class.endswith("LoadRouter")
 
 
 @pytest.mark.parametrize(

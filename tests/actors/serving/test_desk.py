@@ -141,7 +141,7 @@ def test_a_full_queue_is_429_with_retry_after_and_the_waiting_are_served(
     ]
     for thread in threads:
         thread.start()
-    until(lambda: desk._num_waiting()["tiny"] == 2)
+    until(lambda: desk.num_waiting()["tiny"] == 2)
     refused = ask(url, SHORT)
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_exceeded")
     assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -149,7 +149,7 @@ def test_a_full_queue_is_429_with_retry_after_and_the_waiting_are_served(
         thread.join()
     assert answers == [200] * (slots + 3)
     until(lambda: samples(desk).get("fewstep_refused_total:queue_full") == 1)
-    assert desk._num_waiting() == {"tiny": 0}
+    assert desk.num_waiting() == {"tiny": 0}
 
 
 def test_a_key_that_has_used_its_tokens_waits_and_another_does_not(start: Start, tmp_path: Path) -> None:
