@@ -41,16 +41,19 @@ _Row = tuple[int, str, int, Any, Any, Any]
 
 
 class Inbox:
-    """Commands of the parent, read by a thread of their own so that its end is seen at any time."""
+    """Commands of the parent, read by a thread of their own so that its end is seen at any time.
+
+    The thread reads bytes and no more: to unpickle the first command imports torch, which may take seconds.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._commands: list[tuple[Any, ...]] = []
+        self._commands: list[bytes | tuple[Any, ...]] = []
         self._changed = threading.Condition()
         self.closing = False
         threading.Thread(target=self._read, name="fewstep-commands", daemon=True).start()
 
-    def post(self, command: tuple[Any, ...]) -> None:
+    def post(self, command: bytes | tuple[Any, ...]) -> None:
         with self._changed:
             self._commands.append(command)
             self._changed.notify()
@@ -61,23 +64,19 @@ class Inbox:
             if wait:
                 self._changed.wait_for(lambda: self.closing or self._commands)
             found, self._commands = self._commands, []
-        return found
+        return [pickle.loads(command) if isinstance(command, bytes) else command for command in found]
 
     def _read(self) -> None:
         try:
             while True:
-                data = self._connection.recv_bytes()
-                self.post(pickle.loads(data))
+                self.post(self._connection.recv_bytes())
         except (EOFError, OSError):
-            code = 0
-        except Exception:
-            logger.exception("a command cannot be read")
-            code = 1
+            pass
         with self._changed:
             self.closing = True
             self._changed.notify()
         time.sleep(_GRACE_S)
-        os._exit(code)
+        os._exit(0)
 
 
 class EngineLoop:
@@ -195,7 +194,6 @@ def main() -> int:
     if not commands:
         return 0
     try:
-        # The command's pickle has named it; torch and the engine are imported by now, or here.
         engine = commands[0][0]()
     except UserError as error:
         connection.send_bytes(pickle.dumps(error, pickle.HIGHEST_PROTOCOL))
