@@ -36,8 +36,9 @@ from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.trainer import TrainerGroup
 from fewstep.actors.verifier import VerifierPool
 from fewstep.cluster.session import ray_session
-from fewstep.kernels.model.checkpoint import embedded_model, load_tokenizer, state_checksum
+from fewstep.kernels.model.checkpoint import embedded_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.exported_models import ExportedModels
 from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.refine import Progress, Workers, refine

@@ -243,7 +243,7 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
 def serving_options(config: ServeConfig, listen: tuple[str, int] | None = None) -> dict[str, Any]:
     """Keyword arguments of `actors.serving.replica.application`."""
     from fewstep.actors.serving.desk import DeskOptions
-    from fewstep.actors.serving.replica import EngineOptions
+    from fewstep.actors.serving.engine_source import EngineOptions
 
     # A worker's working directory is its own affair.
     keys = config.keys.resolve() if config.keys is not None else None

@@ -95,8 +95,9 @@ def inspect_model(folder: Path) -> Report:
         CheckpointError: names what is missing, surplus, or of another shape.
     """
     # Here and not above: parsing and --help stay instant without torch.
-    from fewstep.kernels.model.checkpoint import check_weights, load_tokenizer
+    from fewstep.kernels.model.checkpoint import check_weights
     from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
+    from fewstep.kernels.model.tokenizer_file import load_tokenizer
 
     config = ModelConfig.load(folder)
     tokenizer = load_tokenizer(folder, config)

@@ -49,8 +49,9 @@ def check_model(folder: Path) -> None:
     """
     # Late: the parsing of `fewstep serve` needs no torch.
     from fewstep.actors.serving.chat import ChatTemplate
-    from fewstep.kernels.model.checkpoint import check_weights, load_tokenizer
+    from fewstep.kernels.model.checkpoint import check_weights
     from fewstep.kernels.model.config import ModelConfig
+    from fewstep.kernels.model.tokenizer_file import load_tokenizer
 
     config = ModelConfig.load(folder)
     load_tokenizer(folder, config)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer
 
-from fewstep.kernels.model.checkpoint import load_state, load_tokenizer, save_model
+from fewstep.kernels.model.checkpoint import load_state, save_model
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines import pretrain
 from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.settings import ConvertConfig

@@ -14,8 +14,9 @@ from fewstep.actors.replica import ReplicaSettings
 from fewstep.actors.replica_pool import ReplicaPool
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import Verifier, VerifierPool
-from fewstep.kernels.model.checkpoint import load_model, load_tokenizer
+from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.baseline import SLOT, Baseline, open_baseline
 from fewstep.pipelines.evaluation import (
     Contender,

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fewstep.kernels.model.checkpoint import check_weights, load_tokenizer, own_shapes
+from fewstep.kernels.model.checkpoint import check_weights, own_shapes
 from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.export_settings import ExportConfig
 from fewstep.pipelines.lineage import MODEL, stages_of
 from fewstep.pipelines.model_card import model_card

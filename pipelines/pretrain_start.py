@@ -10,8 +10,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from fewstep.kernels.model.checkpoint import check_weights, load_tokenizer
+from fewstep.kernels.model.checkpoint import check_weights
 from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.corpus import TOKENIZER, Corpus
 from fewstep.pipelines.curriculum import Batches, CorpusBatches, FamilyBatches
 from fewstep.pipelines.models import pinned_model

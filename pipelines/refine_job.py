@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from fewstep.actors.node_metrics import OtherNodes
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import Verifier
-from fewstep.kernels.model.checkpoint import load_state, load_tokenizer, save_model, state_checksum
+from fewstep.kernels.model.checkpoint import load_state, save_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.exported_models import ExportedModels
 from fewstep.pipelines.frontier import Generate, measure
 from fewstep.pipelines.held_out_checks import Standing, best_folder, keep_best

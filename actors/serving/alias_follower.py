@@ -6,10 +6,9 @@ import logging
 import threading
 from dataclasses import replace
 
-from fewstep.actors.serving.loading import proved_weights
+from fewstep.actors.serving.engine_source import EngineOptions, NewWeights
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.service import CompletionService, Origin, created_of
-from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.errors import CheckpointError, FewstepError
 from fewstep.platform.mlflow_registry import alias_address, find_model
 
@@ -26,14 +25,14 @@ class AliasFollower:
     Args:
         service: of the model at `source.address`.
         source: with an alias.
-        dtype: the engine's.
+        engine: how the service's engine runs.
         poll_s: seconds between two looks.
     """
 
     def __init__(
-        self, service: CompletionService, source: ModelSource, dtype: ComputeDtype, poll_s: float
+        self, service: CompletionService, source: ModelSource, engine: EngineOptions, poll_s: float
     ) -> None:
-        self._service, self._source, self._dtype, self._poll_s = service, source, dtype, poll_s
+        self._service, self._source, self._engine, self._poll_s = service, source, engine, poll_s
         self._seen = source.address
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fewstep-alias", daemon=True)
@@ -61,8 +60,7 @@ class AliasFollower:
         service = self._service
         try:
             folder = find_model(address, source.tracking_uri).folder
-            state, version = proved_weights(service, source, address, folder, self._dtype)
-            service.host.load_weights(state, version)
+            service.host.load_weights(NewWeights(source, address, str(folder), self._engine))
         except CheckpointError as error:
             self._seen = address
             service.origin = replace(service.origin, refused=f"{address}: {error}")
@@ -71,7 +69,7 @@ class AliasFollower:
         self._seen = address
         service.model = replace(service.model, created=created_of(folder))
         service.origin = Origin(address)
-        logger.info("%s now serves %s (%s)", source.name, address, version)
+        logger.info("%s now serves %s (%s)", source.name, address, service.host.stats()["weight_version"])
         return True
 
     def _run(self) -> None:

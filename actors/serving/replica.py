@@ -1,4 +1,4 @@
-"""One Ray Serve replica: an engine on its own thread behind the HTTP application.
+"""One Ray Serve replica: the HTTP application, and its engines in processes of their own.
 
 `fewstep.actors.replica` is the other kind of replica: it generates rollouts and takes new weights. This one
 answers clients.
@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayError
 
+from fewstep.actors.serving.engine_source import EngineOptions
 from fewstep.actors.serving.load_signal import load_of, together
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.scaling_config import Routing, ScalingConfig
 from fewstep.actors.serving.serve_policies import deployment_options
-from fewstep.kernels.model.config import ComputeDtype
-from fewstep.platform.errors import ActorDied
 from fewstep.platform.records import DecodePolicy
 
 if TYPE_CHECKING:
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 
     from fewstep.actors.engine.host import EngineHost
     from fewstep.actors.serving.desk import DeskOptions
+    from fewstep.actors.serving.service import CompletionService
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +38,6 @@ _BESIDE = 128
 _GATHER_S = 5.0
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """How a replica's engine runs.
-
-    Attributes:
-        max_sequences: requests denoised together; more wait in the engine.
-        dtype: to compute in; memory_bytes: for cached keys and values (see `Engine`).
-    """
-
-    max_sequences: int = 64
-    dtype: ComputeDtype = "saved"
-    memory_bytes: int | None = None
-
-
 class ServingReplica:
     """Loads model folders and serves them; an engine for each, all in one replica.
 
@@ -61,7 +46,7 @@ class ServingReplica:
         policy: what a request that says nothing is decoded with.
         max_tokens: of one answer when the request does not say.
         engine: how each engine runs.
-        num_threads: of torch.
+        num_threads: of torch in each engine's process.
         alias_poll_s: seconds between two looks at an alias.
         desk: who is let in, and what is written down.
         listen: host and port to listen on in this process; None = requests come through Serve's proxy.
@@ -78,22 +63,24 @@ class ServingReplica:
         desk: DeskOptions,
         listen: tuple[str, int] | None = None,
     ) -> None:
-        # A Ray worker imports this module before it knows what it is for; torch only where an engine lives.
-        import torch
-
+        # A Ray worker imports this module before it knows what it is for.
         from fewstep.actors.serving.alias_follower import AliasFollower
         from fewstep.actors.serving.app import create_app
         from fewstep.actors.serving.desk import Desk
         from fewstep.actors.serving.front import Front
         from fewstep.actors.serving.loading import load_service
 
-        torch.set_num_threads(num_threads)
         logging.getLogger("fewstep").setLevel(logging.INFO)
-        options = asdict(engine)
-        self._services = [load_service(source, policy, max_tokens, **options) for source in sources]
+        self._services: list[CompletionService] = []
+        try:
+            for source in sources:
+                self._services.append(load_service(source, policy, max_tokens, engine, num_threads))
+        except BaseException:
+            self._close_engines()
+            raise
         for source, service in zip(sources, self._services, strict=True):
             if source.alias:
-                AliasFollower(service, source, engine.dtype, alias_poll_s).start()
+                AliasFollower(service, source, engine, alias_poll_s).start()
         replica = serve.get_replica_context().replica_id.unique_id
         self._desk = Desk(desk, self._engines, replica, self._gather)
         self._num_reports = 0
@@ -145,11 +132,17 @@ class ServingReplica:
         front = getattr(self, "_front", None)
         if front is not None:
             front.close()
+        self._close_engines()
+
+    def _close_engines(self) -> None:
+        for service in getattr(self, "_services", ()):
+            service.host.close()
 
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
-        if not all(service.host.healthy for service in self._services):
-            raise ActorDied("engine", "its thread has ended")
+        for service in self._services:
+            if service.host.death is not None:
+                raise service.host.death
         if self._front is not None:
             self._front.check()
 

@@ -16,6 +16,7 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.families import Piece, family_of
 from fewstep.kernels.model.families.names import ROUTER_BIAS
 from fewstep.kernels.model.shards import INDEX_FILE, ShardedTensors, write_shards
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.artifacts import atomic_folder
 from fewstep.platform.errors import CheckpointError
@@ -53,33 +54,6 @@ def state_checksum(state: Mapping[str, torch.Tensor]) -> str:
             digest.update((words[whole:] @ _WORD_KEYS[: len(words) - whole]).tobytes())
             digest.update(raw[len(words) * 8 :].tobytes())
     return digest.hexdigest()
-
-
-def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
-    """tokenizer.json of a model folder, checked against the model's vocabulary size.
-
-    Ours has exactly the model's tokens; other families pad their embedding, so fewer are fine there.
-    """
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            str(path), "no such file", "a tokenizers file beside the weights", "copy it there"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust binding raises bare Exception on a malformed file
-        raise CheckpointError(
-            str(path), f"unreadable ({error})", "a tokenizers JSON file", "copy it again"
-        ) from error
-    size, padded = tokenizer.get_vocab_size(), config.family != "fewstep"
-    if size > config.vocab_size or (size < config.vocab_size and not padded):
-        raise CheckpointError(
-            str(path),
-            f"{size} tokens",
-            f"{'at most ' if padded else ''}the model's vocab_size {config.vocab_size}",
-            "use the tokenizer the model was trained with",
-        )
-    return tokenizer
 
 
 def load_state(

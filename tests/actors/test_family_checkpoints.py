@@ -15,9 +15,10 @@ from fewstep.actors.replica_pool import ReplicaPool, ReplicaSettings
 from fewstep.actors.trainer import TrainerGroup
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.cluster.session import ray_session
-from fewstep.kernels.model.checkpoint import load_state, load_tokenizer, save_model, state_checksum
+from fewstep.kernels.model.checkpoint import load_state, save_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.shards import ShardedTensors
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.kernels.rows import NO_TARGET, SampleRows
 from fewstep.platform.records import DecodePolicy, WeightVersion
 

@@ -223,6 +223,38 @@ def test_a_killed_replica_is_not_missed(client: OpenAI) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.ray
+def test_a_killed_engine_ends_its_streams_with_the_reason_and_is_replaced(
+    client: OpenAI, endpoint: ServedEndpoint
+) -> None:
+    before = replicas()
+    engines = {pid: psutil.Process(pid).children()[0].pid for pid in before}
+    with client.completions.create(**LONG, stream=True) as stream:
+        next(stream)
+        busy = next(pid for pid, engine in engines.items() if _is_busy(engine))
+        os.kill(engines[busy], signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="SIGKILL") as caught:
+            list(stream)
+    assert "engine died" in caught.value.message
+    deadline = time.monotonic() + 120
+    while busy in (now := replicas()) or len(now) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    # The replica and what was left of its engine are gone; the new one answers.
+    patient = client.with_options(max_retries=4)
+    for _ in range(6):
+        assert patient.completions.create(model="tiny", prompt="abc").usage is not None
+    assert httpx.get(f"{endpoint.url}/health").status_code == 200
+
+
+def _is_busy(pid: int) -> bool:
+    """Whether a process has used the processor within a tenth of a second; an idle engine waits."""
+    process = psutil.Process(pid)
+    before = process.cpu_times()
+    time.sleep(0.1)
+    return process.cpu_times().user - before.user >= 0.03
+
+
 def replicas() -> list[int]:
     """Processes of this session's replicas, by the title Ray Serve gives them."""
     own = session.process_tree(set(session._children(os.getpid())))

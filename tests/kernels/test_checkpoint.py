@@ -11,14 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from fewstep.kernels.model.checkpoint import (
-    embedded_model,
-    load_model,
-    load_tokenizer,
-    save_model,
-    state_checksum,
-)
+from fewstep.kernels.model.checkpoint import embedded_model, load_model, save_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.platform.errors import CheckpointError
 
 

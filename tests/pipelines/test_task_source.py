@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from fewstep.actors.judges import JudgeChoice
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import LocalVerifier
-from fewstep.kernels.model.checkpoint import embedded_model, load_tokenizer
+from fewstep.kernels.model.checkpoint import embedded_model
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSource, draw_epochwise, open_tasks
 from fewstep.pipelines.tasks.family import tasks as family_tasks

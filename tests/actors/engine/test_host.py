@@ -1,57 +1,69 @@
-"""Many asyncio readers on one engine thread: order, cancellation, weights, and every way to end."""
+"""Many asyncio readers on an engine in another process: order, cancellation, weights, and every way to end."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import random
-import threading
-from collections.abc import Iterator
-from contextlib import aclosing
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, closing
+from functools import partial
+from pathlib import Path
 
+import psutil
 import pytest
-from tests.actors.engine.reference.models import VERSION, build_model, build_tokenizer, engine_of
+from tests.actors.engine import child_engines
+from tests.actors.engine.child_engines import LONG, BrokenEngine, SteppedEngine
+from tests.actors.engine.reference.models import VERSION, build_model, engine_of
 from tests.actors.engine.reference.requests import draw_request
 
-from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.host import EngineHost, _Reader
 from fewstep.actors.engine.request import Request, Update
 from fewstep.kernels.model.checkpoint import state_checksum
-from fewstep.platform.errors import ActorDied, CheckpointError, RequestError
-from fewstep.platform.records import DecodePolicy, WeightVersion
+from fewstep.platform.errors import ActorDied, CheckpointError, FewstepError, RequestError
+from fewstep.platform.records import WeightVersion
 
-ONE_BY_ONE = DecodePolicy(kind="static", tokens_per_step=1)
-# Five forwards fill its first block and so yield an update; sixty bring it to its end.
-LONG = Request("long", (4, 5, 6), ONE_BY_ONE, max_tokens=60, ignore_eos=True)
-
-
-class SteppedEngine(Engine):
-    """An engine that takes a step only when the test lets it."""
-
-    def __init__(self) -> None:
-        super().__init__(build_model(), build_tokenizer(), max_sequences=4, weight_version=VERSION)
-        self.allowed = threading.Semaphore(0)
-
-    def step(self) -> list[Update]:
-        if self.has_work:
-            self.allowed.acquire()
-        return super().step()
-
-
-class BrokenEngine(Engine):
-    """An engine whose second forward dies."""
-
-    def step(self) -> list[Update]:
-        if self.forwards:
-            raise MemoryError("no memory for the second forward")
-        return super().step()
+_OTHER = WeightVersion("test", 1, state_checksum(build_model(seed=1).state_dict()))
 
 
 @pytest.fixture
 def host() -> Iterator[EngineHost]:
-    host = EngineHost(engine_of(max_sequences=3))
-    yield host
-    host.close()
+    with closing(EngineHost(child_engines.plain)) as host:
+        yield host
+
+
+@dataclasses.dataclass
+class Gate:
+    """A host whose engine steps as often as it is allowed to."""
+
+    host: EngineHost
+    descriptor: int
+
+    def allow(self, steps: int) -> None:
+        os.write(self.descriptor, bytes(steps))
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    path = tmp_path / "gate"
+    os.mkfifo(path)
+    descriptor = os.open(path, os.O_RDWR)
+    with closing(EngineHost(partial(SteppedEngine, path))) as host:
+        yield Gate(host, descriptor)
+        os.write(descriptor, bytes(1000))
+    os.close(descriptor)
+
+
+def until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 async def collect(host: EngineHost, request: Request) -> list[Update]:
@@ -71,19 +83,20 @@ def test_concurrent_readers_get_what_each_would_get_alone(host: EngineHost) -> N
         trajectory = updates[-1].trajectory
         assert trajectory is not None
         assert trajectory.canvas_ids.tolist() == expected.canvas_ids.tolist()
+        assert trajectory.policy == request.policy
         assert "".join(update.text for update in updates) == alone.text_of(expected)
+        assert {update.request_id for update in updates} == {request.request_id}
     assert host.stats()["running"] == host.stats()["waiting"] == 0
     assert host.stats()["committed_tokens"] == alone.committed_tokens
+    assert host.measures()["slots_free"] == host.num_slots == 3
 
 
 @pytest.mark.parametrize("way", ["leave the loop", "cancel the task"])
-def test_a_reader_that_goes_away_aborts_its_request(way: str) -> None:
-    engine = SteppedEngine()
-    host = EngineHost(engine)
+def test_a_reader_that_goes_away_frees_its_slot_within_one_step(gate: Gate, way: str) -> None:
+    host = gate.host
 
     async def leave() -> None:
-        engine.allowed.release(5)
-        async with aclosing(host.submit(LONG)) as updates:
+        async with aclosing(host.submit(LONG)) as updates:  # type: ignore[type-var]
             async for _ in updates:
                 return
 
@@ -95,19 +108,18 @@ def test_a_reader_that_goes_away_aborts_its_request(way: str) -> None:
                 started.set()
 
         task = asyncio.create_task(read())
-        engine.allowed.release(5)
         await started.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
+    gate.allow(5)
     asyncio.run(leave() if way == "leave the loop" else cancel())
-    engine.allowed.release(100)
-    # Commands run in order, so once this one has, the abort has too.
-    host.load_weights(engine.model.state_dict(), VERSION)
-    assert host.stats()["running"] == 0
-    assert host.stats()["forwards"] <= 6
-    host.close()
+    # The engine stands before its sixth step, which may begin before it hears of the leaving; no seventh does.
+    gate.allow(100)
+    until(lambda: host.stats()["running"] == 0)
+    assert int(host.stats()["forwards"]) <= 6
+    assert host.measures()["pages_free"] + host.measures()["pages_cached"] == host.measures()["pages_total"]
 
 
 def test_a_bad_request_is_refused_before_it_starts(host: EngineHost) -> None:
@@ -115,82 +127,190 @@ def test_a_bad_request_is_refused_before_it_starts(host: EngineHost) -> None:
         host.submit(dataclasses.replace(LONG, prompt_ids=()))
 
 
-def test_an_id_in_use_is_refused_and_its_owner_unharmed() -> None:
-    engine = SteppedEngine()
-    host = EngineHost(engine)
-
+def test_what_the_engine_refuses_is_told_and_the_others_are_unharmed(gate: Gate) -> None:
     async def twice() -> list[Update]:
-        owner = asyncio.create_task(collect(host, LONG))
+        owner = asyncio.create_task(collect(gate.host, LONG))
         await asyncio.sleep(0)
-        engine.allowed.release(1)
-        with pytest.raises(RequestError, match="request_id"):
-            await collect(host, LONG)
-        engine.allowed.release(100)
+        gate.allow(1)
+        with pytest.raises(RequestError, match="request_id: got long; allowed: an id not in use"):
+            await collect(gate.host, LONG)
+        gate.allow(100)
         return await owner
 
     last = asyncio.run(twice())[-1].trajectory
     assert last is not None
     assert last.num_tokens == LONG.max_tokens
-    host.close()
+    assert gate.host.healthy
 
 
-def test_weights_change_under_running_requests(host: EngineHost) -> None:
-    other = build_model(seed=1)
-    version = WeightVersion("test", 1, state_checksum(other.state_dict()))
-    with pytest.raises(CheckpointError):
-        host.load_weights({}, version)
-    assert host.stats()["weight_version"] == str(VERSION)
-    host.load_weights(other.state_dict(), version)
-    trajectory = asyncio.run(collect(host, LONG))[-1].trajectory
+def test_weights_change_under_running_requests_and_back(gate: Gate) -> None:
+    host = gate.host
+
+    async def across() -> list[Update]:
+        updates = []
+        gate.allow(5)
+        async with aclosing(host.submit(LONG)) as stream:  # type: ignore[type-var]
+            updates.append(await anext(stream))
+            swap = asyncio.create_task(asyncio.to_thread(host.load_weights, child_engines.other_weights))
+            while not swap.done():  # the engine takes them between two steps
+                gate.allow(1)
+                await asyncio.sleep(0.01)
+            await swap
+            assert host.stats()["weight_version"] == str(_OTHER)
+            gate.allow(LONG.max_tokens)
+            updates += [update async for update in stream]
+        return updates
+
+    updates = asyncio.run(across())
+    trajectory = updates[-1].trajectory
     assert trajectory is not None
-    assert trajectory.weight_version_first == str(version)
+    assert (trajectory.weight_version_first, trajectory.weight_version_last) == (str(VERSION), str(_OTHER))
+    assert trajectory.num_tokens == sum(update.num_new_tokens for update in updates) == LONG.max_tokens
+    host.load_weights(child_engines.first_weights)
+    assert (host.stats()["weight_version"], host.weight_swaps) == (str(VERSION), 2)
 
 
-def test_close_ends_open_requests_and_refuses_new_ones() -> None:
-    engine = SteppedEngine()
-    host = EngineHost(engine)
+def test_weights_that_do_not_fit_or_cannot_be_read_leave_the_old_ones(
+    host: EngineHost, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CheckpointError, match="a different"):
+        host.load_weights(child_engines.no_weights)
+    with pytest.raises(FewstepError, match="OSError: the disk is gone"):
+        host.load_weights(child_engines.unreadable_weights)
+    assert (host.stats()["weight_version"], host.weight_swaps) == (str(VERSION), 0)
+    assert asyncio.run(collect(host, LONG))[-1].trajectory is not None
+    # What the child logs is in this process's log.
+    until(lambda: "the weights cannot be read" in capfd.readouterr().err)
+
+
+def test_logits_that_are_no_numbers_fail_the_request_and_not_the_engine(host: EngineHost) -> None:
+    host.load_weights(child_engines.no_numbers)
+    assert "not finite" in str(asyncio.run(collect(host, LONG))[-1].error)
+    host.load_weights(child_engines.first_weights)
+    assert asyncio.run(collect(host, LONG))[-1].trajectory is not None
+
+
+def test_close_ends_open_requests_and_refuses_new_ones(gate: Gate) -> None:
+    host = gate.host
 
     async def close_midway() -> None:
         task = asyncio.create_task(collect(host, LONG))
         await asyncio.sleep(0)
-        closing = asyncio.create_task(asyncio.to_thread(host.close))
-        while not host._closing:
-            await asyncio.sleep(0)
-        engine.allowed.release(LONG.max_tokens)
+        closing_it = asyncio.create_task(asyncio.to_thread(host.close))
         with pytest.raises(ActorDied, match="closed"):
             await task
-        await closing
+        await closing_it
 
     asyncio.run(close_midway())
     assert not host.healthy
+    assert not psutil.pid_exists(host.pid)
     with pytest.raises(ActorDied, match="closed"):
         asyncio.run(collect(host, LONG))
     with pytest.raises(ActorDied, match="closed"):
-        host.load_weights({}, VERSION)
+        host.load_weights(child_engines.first_weights)
     host.close()
 
 
-def test_an_engine_that_dies_tells_its_readers_why(caplog: pytest.LogCaptureFixture) -> None:
-    engine = BrokenEngine(build_model(), build_tokenizer(), max_sequences=2, weight_version=VERSION)
-    host = EngineHost(engine)
-    with pytest.raises(ActorDied, match="no memory for the second forward"):
-        asyncio.run(collect(host, LONG))
-    assert not host.healthy
-    assert "the engine failed" in caplog.text
-    host.close()
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [("raise", "MemoryError: no memory for the second forward"), ("crash", "SIGKILL: the device is lost")],
+)
+def test_an_engine_that_dies_tells_its_readers_why(way: str, says: str) -> None:
+    with closing(EngineHost(partial(BrokenEngine, way))) as host:
+        with pytest.raises(ActorDied, match=says):
+            asyncio.run(collect(host, LONG))
+        assert host.death is not None
+        with pytest.raises(ActorDied, match=says):
+            host.load_weights(child_engines.first_weights)
+        assert not psutil.pid_exists(host.pid)
 
 
-def test_a_reader_whose_loop_is_closed_is_dropped() -> None:
-    engine = SteppedEngine()
-    host = EngineHost(engine)
+def test_a_killed_child_ends_open_requests_and_waiting_swaps(gate: Gate) -> None:
+    host = gate.host
+
+    async def kill_midway() -> None:
+        gate.allow(5)
+        async with aclosing(host.submit(LONG)) as updates:  # type: ignore[type-var]
+            await anext(updates)
+            # The engine stands before its sixth step, so the swap waits.
+            swap = asyncio.create_task(asyncio.to_thread(host.load_weights, child_engines.other_weights))
+            await asyncio.sleep(0)
+            os.kill(host.pid, signal.SIGKILL)
+            with pytest.raises(ActorDied, match="SIGKILL"):
+                await anext(updates)
+            with pytest.raises(ActorDied, match="SIGKILL"):
+                await swap
+
+    asyncio.run(kill_midway())
+
+
+@pytest.mark.parametrize(
+    ("opened", "error", "says"),
+    [
+        (child_engines.missing, CheckpointError, "weights: got nothing"),
+        (child_engines.not_opened, ActorDied, "exit code 1.*OSError: no such device"),
+    ],
+)
+def test_an_engine_that_cannot_be_opened_says_why(
+    opened: Callable[[], SteppedEngine], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        EngineHost(opened)
+    assert not [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
+
+
+_PARENT = """
+import asyncio, dataclasses, sys
+from functools import partial
+from pathlib import Path
+from tests.actors.engine import child_engines
+from fewstep.actors.engine import host as hosts
+if sys.argv[1] == "never_opened":
+    start = hosts._start
+    def noted():
+        process, connection = start()
+        print(process.pid, flush=True)
+        return process, connection
+    hosts._start = noted
+    hosts.EngineHost(child_engines.never_opened)
+host = hosts.EngineHost(child_engines.plain)
+print(host.pid, flush=True)
+async def forever():
+    while True:
+        async for _ in host.submit(child_engines.LONG):
+            pass
+asyncio.run(forever())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("state", ["busy", "never_opened"])
+def test_a_parent_that_ends_takes_its_child_along(number: signal.Signals, state: str) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT, state], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert parent.stdout is not None
+    with parent.stdout:
+        child = psutil.Process(int(parent.stdout.readline()))
+    parent.send_signal(number)
+    parent.wait(30)
+    _, alive = psutil.wait_procs([child], timeout=5)
+    assert not alive
+
+
+def test_a_reader_whose_loop_is_closed_is_dropped(gate: Gate) -> None:
     loop = asyncio.new_event_loop()
-    reader = _Reader(loop, asyncio.Queue())
+    reader = _Reader(LONG.request_id, loop, asyncio.Queue())
     loop.close()
-    host._post(lambda: host._open(LONG, reader))
-    engine.allowed.release(LONG.max_tokens)
-    for _ in range(LONG.max_tokens):
-        # Each returns after at least one more step, while there is work.
-        host.load_weights(engine.model.state_dict(), VERSION)
-    assert host.stats()["running"] == 0
-    assert 0 < host.stats()["forwards"] <= 5
-    host.close()
+    gate.host._send(("open", gate.host._enter(gate.host._readers, reader), LONG))
+    gate.allow(LONG.max_tokens)
+    until(lambda: int(gate.host.stats()["forwards"]) > 0 and gate.host.stats()["running"] == 0)
+    assert int(gate.host.stats()["forwards"]) < LONG.max_tokens
+
+
+def test_neither_the_host_nor_what_serves_with_it_imports_torch() -> None:
+    code = (
+        "import sys, fewstep.actors.serving.app, fewstep.actors.serving.loading, "
+        "fewstep.actors.serving.alias_follower, fewstep.actors.engine.host; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,8 @@ def bidirectional(model_folder: Path) -> Iterator[CompletionService]:
 
 
 def host_of(model: Transformer, tokenizer: Tokenizer) -> EngineHost:
-    return EngineHost(
-        Engine(model, tokenizer, max_sequences=8, weight_version=WeightVersion("test", 0, "0" * 32))
-    )
+    version = WeightVersion("test", 0, "0" * 32)
+    return EngineHost(partial(Engine, model, tokenizer, max_sequences=8, weight_version=version))
 
 
 @contextmanager

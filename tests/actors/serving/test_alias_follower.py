@@ -16,6 +16,7 @@ from tests.actors.serving.conftest import listening
 from tests.actors.serving.tiny import build_tokenizer, tiny_model
 
 from fewstep.actors.serving.alias_follower import AliasFollower
+from fewstep.actors.serving.engine_source import EngineOptions
 from fewstep.actors.serving.loading import load_service
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.service import CompletionService
@@ -29,6 +30,7 @@ from fewstep.platform.mlflow_store import sqlite_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import DecodePolicy
 
+ENGINE = EngineOptions(max_sequences=8)
 GREEDY: dict[str, Any] = {"model": "served", "prompt": "abcdef", "max_tokens": 32, "temperature": 0}
 
 
@@ -87,7 +89,7 @@ def source(versions: str) -> ModelSource:
 @pytest.fixture
 def service(source: ModelSource) -> Iterator[CompletionService]:
     torch.set_num_threads(1)
-    made = load_service(source, DecodePolicy(), 24, max_sequences=8, dtype="saved", memory_bytes=None)
+    made = load_service(source, DecodePolicy(), 24, ENGINE, num_threads=1)
     yield made
     made.host.close()
 
@@ -115,7 +117,7 @@ def test_a_source_knows_its_version_and_alias(source: ModelSource, versions: str
 def test_weights_swap_under_load_without_a_lost_request(
     service: CompletionService, source: ModelSource, versions: str
 ) -> None:
-    follower = AliasFollower(service, source, "saved", 0.05)
+    follower = AliasFollower(service, source, ENGINE, 0.05)
     failures: list[str] = []
     texts: set[str] = set()
     done = threading.Event()
@@ -168,7 +170,7 @@ def test_weights_swap_under_load_without_a_lost_request(
 def test_a_version_that_cannot_serve_is_refused_and_the_old_one_stays(
     service: CompletionService, source: ModelSource, versions: str, number: int, says: str
 ) -> None:
-    follower = AliasFollower(service, source, "saved", 60)
+    follower = AliasFollower(service, source, ENGINE, 60)
     with listening(service) as url:
         before = ask(url)
         move_alias(f"models:/served/{number}", "champion", versions, {})
@@ -191,9 +193,9 @@ def test_the_swapped_weights_are_the_versions_own(
     service: CompletionService, source: ModelSource, versions: str
 ) -> None:
     move_alias("models:/served/2", "champion", versions, {})
-    assert AliasFollower(service, source, "saved", 60).check()
+    assert AliasFollower(service, source, ENGINE, 60).check()
     (fresh_source,) = model_sources("models:/served/2", "", versions)
-    fresh = load_service(fresh_source, DecodePolicy(), 24, max_sequences=8, dtype="saved", memory_bytes=None)
+    fresh = load_service(fresh_source, DecodePolicy(), 24, ENGINE, num_threads=1)
     try:
         with listening(service) as swapped, listening(fresh) as plain:
             assert ask(swapped) == ask(plain)
@@ -215,7 +217,7 @@ def test_a_registry_that_is_gone_leaves_the_weights(
         source.name, source.folder, source.address, source.alias, sqlite_uri(tmp_path / "nowhere")
     )
     with pytest.raises((ConfigError, ResourceError)):
-        AliasFollower(service, gone, "saved", 60).check()
+        AliasFollower(service, gone, ENGINE, 60).check()
     assert service.host.measures()["weight_swaps"] == 0
 
 

@@ -8,20 +8,22 @@ import pytest
 import torch
 from openai import OpenAI
 
+from fewstep.actors.engine.engine import Engine
 from fewstep.actors.serving.service import CompletionService
 from fewstep.platform.records import WeightVersion
 
 ASKED = {"model": "tiny", "prompt": "abc"}
 
 
+def no_numbers(engine: Engine) -> tuple[dict[str, torch.Tensor], WeightVersion]:
+    """Weights whose logits are not numbers."""
+    state = {name: torch.full_like(tensor, torch.nan) for name, tensor in engine.model.state_dict().items()}
+    return state, WeightVersion("poison", 1, "0")
+
+
 @pytest.fixture
 def poisoned(service: CompletionService) -> None:
-    """Weights whose logits are not numbers."""
-    state = {
-        name: torch.full_like(tensor, torch.nan)
-        for name, tensor in service.host._engine.model.state_dict().items()
-    }
-    service.host.load_weights(state, WeightVersion("poison", 1, "0"))
+    service.host.load_weights(no_numbers)
 
 
 @pytest.mark.usefixtures("poisoned")

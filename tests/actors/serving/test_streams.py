@@ -17,8 +17,9 @@ from fewstep.actors.engine.request import CanvasView, Request, Update
 from fewstep.actors.serving.answers import Tally
 from fewstep.actors.serving.canvas_events import canvas_fields, piece_texts
 from fewstep.actors.serving.service import CompletionService
-from fewstep.kernels.model.checkpoint import embedded_model, load_tokenizer
+from fewstep.kernels.model.checkpoint import embedded_model
 from fewstep.kernels.model.config import AttentionKind, ModelConfig
+from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.platform.records import DecodePolicy
 
 SAMPLED: dict[str, Any] = {"model": "tiny", "temperature": 1.0, "seed": 11, "max_tokens": 40}
