@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -224,35 +225,44 @@ def test_a_killed_replica_is_not_missed(client: OpenAI) -> None:
 
 
 @pytest.mark.ray
-def test_a_killed_engine_ends_its_streams_with_the_reason_and_is_replaced(
+def test_killed_engines_end_their_streams_with_the_reason_and_are_replaced(
     client: OpenAI, endpoint: ServedEndpoint
 ) -> None:
-    before = replicas()
-    engines = {pid: psutil.Process(pid).children()[0].pid for pid in before}
-    with client.completions.create(**LONG, stream=True) as stream:
+    deadline = time.monotonic() + 120
+    while len(engines := _engines()) < 2:  # one may still be starting
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    asked = {name: value for name, value in LONG.items() if name != "fewstep"}
+    with client.completions.create(**asked, stream=True, extra_body={"fewstep": LONG["fewstep"]}) as stream:
         next(stream)
-        busy = next(pid for pid, engine in engines.items() if _is_busy(engine))
-        os.kill(engines[busy], signal.SIGKILL)
+        for engine in itertools.chain.from_iterable(engines.values()):
+            os.kill(engine, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="SIGKILL") as caught:
             list(stream)
     assert "engine died" in caught.value.message
     deadline = time.monotonic() + 120
-    while busy in (now := replicas()) or len(now) < 2:
+    while engines.keys() & (now := _engines()).keys() or len(now) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    # The replica and what was left of its engine are gone; the new one answers.
+    # Both replicas are gone with what was left of their engines; the new ones answer as soon as they have read the model.
     patient = client.with_options(max_retries=4)
     for _ in range(6):
         assert patient.completions.create(model="tiny", prompt="abc").usage is not None
     assert httpx.get(f"{endpoint.url}/health").status_code == 200
 
 
-def _is_busy(pid: int) -> bool:
-    """Whether a process has used the processor within a tenth of a second; an idle engine waits."""
-    process = psutil.Process(pid)
-    before = process.cpu_times()
-    time.sleep(0.1)
-    return process.cpu_times().user - before.user >= 0.03
+def _engines() -> dict[int, list[int]]:
+    """The processes of the engines of each replica that has both of its models."""
+    found = {}
+    for pid in replicas():
+        engines = [
+            child.pid
+            for child in psutil.Process(pid).children()
+            if "fewstep.actors.engine.child" in child.cmdline()
+        ]
+        if len(engines) == 2:
+            found[pid] = engines
+    return found
 
 
 def replicas() -> list[int]:

