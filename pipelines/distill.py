@@ -48,9 +48,13 @@ class Teacher:
     """The model that draws the orders and learns from them, and its texts."""
 
     start: Start
-    folder: Path
     corpus: Corpus | None
     fingerprint: str
+
+    @property
+    def folder(self) -> Path:
+        assert self.start.source is not None  # a teacher is never fresh
+        return self.start.source
 
     @property
     def model(self) -> ModelConfig:
@@ -114,8 +118,7 @@ def find_teacher(config: DistillConfig) -> Teacher:
             "choose another model",
         )
     check_data(start, corpus, [start.model.block_size], "model")
-    assert start.source is not None
-    return Teacher(start, start.source, corpus, job_fingerprint(config, start, corpus))
+    return Teacher(start, corpus, job_fingerprint(config, start, corpus))
 
 
 def specification_of(config: DistillConfig, number: int) -> Specification:

@@ -124,5 +124,4 @@ class HeldOutChecks:
             [one.task for one in asked], requests, self._generate, self._verify, self._tokenizer,
             self._source.answers, what="held-out tasks looked at",
         )  # fmt: skip
-        # Tokens per second say nothing here: nobody reads them, and the batch is small.
-        return summarise(policy, found.trajectories, found.verdicts, seconds=1.0)
+        return summarise(policy, found.trajectories, found.verdicts, found.seconds)

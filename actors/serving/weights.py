@@ -37,23 +37,22 @@ def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
 
 
 def proved_weights(
-    engine: Engine, source: ModelSource, address: str, folder: str, dtype: ComputeDtype
+    engine: Engine, source: ModelSource, address: str, folder: Path, dtype: ComputeDtype
 ) -> tuple[dict[str, torch.Tensor], WeightVersion]:
     """Weights that can take the place of an engine's, proved by generating a block with them beside it.
 
     Raises:
         CheckpointError: they cannot be loaded, belong to another model or tokenizer, or do not generate.
     """
-    path = Path(folder)
-    config = ModelConfig.load(path)
+    config = ModelConfig.load(folder)
     if config != engine.config:
         raise CheckpointError(
             address, "another config.json", "that of the model served", "serve it by itself"
         )
-    tokenizer = load_tokenizer(path, config)
+    tokenizer = load_tokenizer(folder, config)
     if tokenizer.to_str() != engine.tokenizer.to_str():
         raise CheckpointError(address, "another tokenizer", "that of the model served", "serve it by itself")
-    state = load_state(path, config, torch_dtype(dtype))
+    state = load_state(folder, config, torch_dtype(dtype))
     _require_text(address, config, tokenizer, state)
     return state, _version_of(source, address, state_checksum(state))
 
