@@ -122,7 +122,10 @@ def test_a_dead_rank_is_named_with_its_cause() -> None:
     group = TrainerGroup(CONFIG, 7, TrainerSettings(), OBJECTIVE, num_cpus=0.5)
     try:
         os.kill(group.pids()[0], signal.SIGKILL)
-        with pytest.raises(ActorDied, match="trainer rank died"):
+        with pytest.raises(
+            ActorDied,
+            match=r"trainer rank 0 died: its process \(pid \d+\) was killed or crashed .*; its last phase: update",
+        ):
             group.update(_samples(0), 1e-2)
     finally:
         group.close()
