@@ -132,18 +132,20 @@ def run_refine(out: Path, kill: Kill | None = None) -> Ended:
 
 
 def tracked(out: Path) -> dict[str, Any]:
-    """The one run that a folder's job has in the store: status, sessions after the first, and the steps it was told.
+    """What the store says of a folder's job: its newest run's status, sessions after the first and told steps, and the
+    statuses of the runs before it (a job that has no checkpoint yet starts over, as a new run).
 
     As it is read the run of a process that is gone is closed.
     """
     uri = sqlite_uri(out.parent)
-    (run,) = (run for run in RunStore(uri).runs(limit=1000) if run.name.startswith(f"refine-{out.name}-"))
-    client = open_client(uri, create=False)
+    named = [run for run in RunStore(uri).runs(limit=1000) if run.name.startswith(f"refine-{out.name}-")]
+    newest, client = named[0], open_client(uri, create=False)
     return {
-        "status": run.status,
-        "resumed": int(run.tags.get("fewstep.resumed", "0")),
-        "failure": run.tags.get("fewstep.failure", ""),
-        "steps": [point.step for point in client.get_metric_history(run.run_id, "reward/pass_rate")],
+        "status": newest.status,
+        "resumed": int(newest.tags.get("fewstep.resumed", "0")),
+        "failure": newest.tags.get("fewstep.failure", ""),
+        "steps": [point.step for point in client.get_metric_history(newest.run_id, "reward/pass_rate")],
+        "earlier": [run.status for run in named[1:]],
     }
 
 
