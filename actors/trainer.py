@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fewstep.actors.deaths import first_death
 from fewstep.actors.placement import on_node, require_room
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.kernels.model.checkpoint import load_model
@@ -309,8 +310,9 @@ class TrainerGroup:
             actor.remote(config, initial, settings, objective, options or {})
             for _ in range(settings.num_ranks)
         ]
-        address, port = self._get([self._ranks[0].endpoint.remote()])[0]
-        self._get([rank.connect.remote(index, address, port) for index, rank in enumerate(self._ranks)])
+        address, port = self._get("start", [self._ranks[0].endpoint.remote()])[0]
+        connected = [rank.connect.remote(index, address, port) for index, rank in enumerate(self._ranks)]
+        self._get("connect", connected)
 
     def start_update(
         self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None
@@ -329,7 +331,7 @@ class TrainerGroup:
         Raises:
             UserError: `max_skipped_steps` were passed; the batch lies in the replay file.
         """
-        parts: list[Metrics] = self._get(pending)
+        parts: list[Metrics] = self._get("update", pending)
         total = {name: float(np.sum([part.get(name, 0.0) for part in parts])) for name in parts[0]}
         total |= {name: parts[0][name] for name in ("grad_norm", "skipped")}
         self._num_skipped = self._num_skipped + 1 if total["skipped"] else 0
@@ -346,9 +348,8 @@ class TrainerGroup:
     def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
         """As TrainerRank's, each rank its share; in the order of the samples."""
         count = len(self._ranks)
-        parts = self._get(
-            [rank.logprobs.remote(samples[index::count], source) for index, rank in enumerate(self._ranks)]
-        )
+        calls = [rank.logprobs.remote(samples[n::count], source) for n, rank in enumerate(self._ranks)]
+        parts = self._get("logprobs", calls)
         results: list[Any] = [None] * len(samples)
         for index, part in enumerate(parts):
             results[index::count] = part
@@ -356,17 +357,16 @@ class TrainerGroup:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Rank 0's published weights."""
-        state: dict[str, torch.Tensor] = self._get([self._ranks[0].state.remote()])[0]
-        return state
+        return dict(self._get("state", [self._ranks[0].state.remote()])[0])
 
     def save(self, folder: Path) -> None:
-        self._get([rank.save.remote(folder) for rank in self._ranks])
+        self._get("save", [rank.save.remote(folder) for rank in self._ranks])
 
     def load(self, folder: Path) -> None:
-        self._get([rank.load.remote(folder) for rank in self._ranks])
+        self._get("load", [rank.load.remote(folder) for rank in self._ranks])
 
     def pids(self) -> list[int]:
-        return list(self._get([rank.pid.remote() for rank in self._ranks]))
+        return list(self._get("pid", [rank.pid.remote() for rank in self._ranks]))
 
     def close(self) -> None:
         """End all ranks; they hold nothing that is not saved or published."""
@@ -386,11 +386,15 @@ class TrainerGroup:
             f"lower learning_rate, or look at the data{kept}",
         )
 
-    def _get(self, references: list[Any]) -> list[Any]:
+    def _get(self, phase: str, references: list[Any]) -> list[Any]:
         try:
             return list(self._ray.get(references, timeout=self.settings.deadline_s))
         except self._ray.exceptions.GetTimeoutError as error:
             self.close()
-            raise ActorDied("trainer rank", f"no answer within {self.settings.deadline_s:g} s") from error
-        except self._ray.exceptions.RayActorError as error:
-            raise ActorDied("trainer rank", str(error)) from error
+            cause = f"{phase}: no answer within {self.settings.deadline_s:g} s"
+            raise ActorDied("trainer rank", cause) from error
+        except self._ray.exceptions.RayError as error:
+            calls = {f"trainer rank {index}": rank.pid.remote() for index, rank in enumerate(self._ranks)}
+            if (death := first_death(calls)) is None:
+                raise
+            raise ActorDied(death[0], f"{death[1]}; its last phase: {phase}") from error

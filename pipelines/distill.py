@@ -29,7 +29,7 @@ from fewstep.pipelines.distill_settings import DistillConfig
 from fewstep.pipelines.free_orders import FreeOrders
 from fewstep.pipelines.order_pool import Order, draw_orders, fill_pool, read_pool
 from fewstep.pipelines.pretrain_start import Start, check_data, given_model, job_fingerprint, open_corpus
-from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.progress import read_progress, told_how_to_resume, write_progress
 from fewstep.pipelines.schedule import rate_share
 from fewstep.pipelines.tasks.family import Specification, draw_specification, render_body
 from fewstep.pipelines.tasks.vocabulary import encode_pair
@@ -89,7 +89,8 @@ def run(config: DistillConfig) -> None:
             teacher.model, teacher.folder, config.trainer, OBJECTIVE, {"certainty": config.certainty},
             replay=config.out / "diverged-batch.npz",
         )  # fmt: skip
-        with closing(trainer):
+        way_back = told_how_to_resume(config.out / "checkpoint", config.steps, resume=config.resume)
+        with way_back, closing(trainer):
             first = 0
             if saved is not None:
                 first = int(saved["step"])

@@ -26,7 +26,7 @@ from fewstep.pipelines.pretrain_start import (
     log_lineage,
     open_corpus,
 )
-from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.progress import read_progress, told_how_to_resume, write_progress
 from fewstep.pipelines.publish import log_checkpoint
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
@@ -64,6 +64,7 @@ def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
     )  # fmt: skip
     with (
         tracked_run(plan) as tracker,
+        told_how_to_resume(config.out / "checkpoint", config.steps, resume=config.resume),
         closing(
             TrainerGroup(
                 start.model,

@@ -27,7 +27,7 @@ from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.objectives.credit import RefineObjective
 from fewstep.pipelines.policy_update import Trainer
 from fewstep.pipelines.pretrain_start import given_model
-from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.progress import read_progress, told_how_to_resume, write_progress
 from fewstep.pipelines.record_rollouts import record_rollouts
 from fewstep.pipelines.refine import BEST, Progress, Workers, refine
 from fewstep.pipelines.refine_report import RefineResult, conclude
@@ -75,8 +75,10 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
     started = time.monotonic()
     with ExitStack() as stack:
         job = _Job(config, stack)
-        saved = read_progress(config.out / "checkpoint", job.fingerprint, resume=config.resume)
+        checkpoint = config.out / "checkpoint"
+        saved = read_progress(checkpoint, job.fingerprint, resume=config.resume)
         tracker = job.open_tracker(resumed=saved is not None, tags=dict(tags or {}))
+        stack.enter_context(told_how_to_resume(checkpoint, config.steps, resume=config.resume))
         engines = stack.enter_context(open_engines(config, job.folder, tracker, job.placement))
         trainer = stack.enter_context(open_trainer(config, job.model, job.folder, job.placement))
         frontier = _Frontier(config, job.source, engines.generate, job.verifier, job.tokenizer)
@@ -263,7 +265,7 @@ def _starting_point(
     """Step 0, or the checkpoint's step with its weights loaded and its curve told to the new tracker run."""
     if saved is None:
         # Rollouts and checkpoints of an older run in this folder are that run's.
-        for stale in ("rollouts", "models", BEST):
+        for stale in ("checkpoint", "rollouts", "models", BEST):
             shutil.rmtree(config.out / stale, ignore_errors=True)
         return Progress(threshold=config.curriculum.start)
     trainer.load((config.out / "checkpoint").resolve())

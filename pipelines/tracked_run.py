@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewstep.platform.artifacts import atomic_write_text
+from fewstep.platform.artifacts import atomic_write_text, remove_unfinished
 from fewstep.platform.config import Config, render_config
 from fewstep.platform.mlflow_store import project_uri, shown_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
@@ -63,6 +63,7 @@ def tracked_run(plan: RunPlan) -> Iterator[MlflowTracker]:
     """
     uri = project_uri(plan.tracking_uri)
     plan.out.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(plan.out)
     key = _known_key(plan, uri)
     text, path = render_config(plan.config), plan.out / CONFIG_FILE
     earlier = path.read_text() if path.is_file() else ""
