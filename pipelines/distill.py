@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from fewstep.actors.trainer import Metrics, TrainerGroup
+from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.checkpoint import load_model, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import NO_TARGET, SampleRows

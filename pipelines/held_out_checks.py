@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fewstep.actors.trainer import Metrics
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, answer, reaches, summarise

@@ -13,7 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.actors.trainer import Metrics, TrainerGroup
+from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.pipelines.curriculum import Batches, Plan, plan_step, visible_block
 from fewstep.pipelines.figures import PRETRAIN_PANELS, draw_curves

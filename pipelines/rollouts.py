@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from fewstep.actors.trainer import Metrics
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.pipelines.frontier import Generate, Verify, answer
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSource

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.actors.trainer import TrainerGroup, _micro_batches
+from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.trainer_rank import _micro_batches
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.config import ModelConfig
