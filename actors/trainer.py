@@ -109,6 +109,10 @@ class TrainerGroup:
     def load(self, folder: Path) -> None:
         self._get("load", [rank.load.remote(folder) for rank in self._ranks])
 
+    def matmul_rate(self) -> float:
+        """FLOP/s that matrix products reach on all ranks together, rank 0's taken for each."""
+        return len(self._ranks) * float(self._get("matmul rate", [self._ranks[0].matmul_rate.remote()])[0])
+
     def pids(self) -> list[int]:
         return list(self._get("pid", [rank.pid.remote() for rank in self._ranks]))
 

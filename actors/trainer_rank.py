@@ -23,6 +23,7 @@ from torch import nn
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.flops import matmul_rate, training_flops
 from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.kernels.rows import RowBatch, SampleRows
@@ -131,14 +132,14 @@ class TrainerRank:
             block_size: override of the model's own (the warm-up over block sizes).
         Returns:
             the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (of all ranks together, before
-            clipping), `rows`, `targets`, and `skipped`: 1 if the gradient was not finite, so that nothing was changed.
+            clipping), `rows`, `targets`, `flops`, and `skipped`: 1 if the gradient was not finite, so that nothing was changed.
         """
         if self._config.logit_shift and any((s.targets[s.positions == 0] >= 0).any() for s in samples):
             raise ValueError("position 0 is a target, and in a model with shifted logits no row predicts it")
         engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        totals: Metrics = {"loss": 0.0, "rows": 0.0, "targets": 0.0}
+        totals: Metrics = {"loss": 0.0, "rows": 0.0, "targets": 0.0, "flops": 0.0}
         if self._config.attention_kind == "bidirectional":
             samples = [sample.states_only() for sample in samples]
         batches = list(_micro_batches(samples, self._settings.micro_rows))
@@ -159,6 +160,9 @@ class TrainerRank:
             totals["loss"] += float(loss.detach())
             totals["rows"] += batch.num_rows
             totals["targets"] += len(rows.targets)
+            totals["flops"] += training_flops(
+                self._config, batch.num_rows, len(rows.targets), batch.num_pairs
+            )
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         # ZeRO's optimiser keeps the gradients, skips by itself, and says -1 or inf for NaN.
@@ -223,6 +227,10 @@ class TrainerRank:
     def endpoint(self) -> tuple[str, int]:
         """A free loopback port of this process's host, for the rendezvous."""
         return "127.0.0.1", free_port("127.0.0.1", 0)
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of this process's matrix products in the precision of training."""
+        return matmul_rate(torch.bfloat16 if self._settings.precision == "bf16" else torch.float32)
 
     def pid(self) -> int:
         return os.getpid()
