@@ -20,6 +20,7 @@ from fewstep.kernels.model.checkpoint import load_state, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines import pretrain
+from fewstep.pipelines.gguf_source import SUFFIX, unpacked
 from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.settings import ConvertConfig
 from fewstep.platform.artifacts import weights_digest
@@ -68,10 +69,14 @@ class MaskToken:
 def run(config: ConvertConfig) -> None:
     """Write `out/model`; with `data`, convert into `out/start` and train through the warm-up over block sizes.
 
+    A GGUF file is unpacked into `out/source` first.
+
     Raises:
         UserError: a source that cannot be converted, or data that do not fit it.
     """
     address, source = pinned_model(config.source, config.tracking_uri or "")
+    if source.suffix == SUFFIX:
+        source = unpacked(source, config.out / "source")
     start = config.out / ("start" if config.data else "model")
     mask = convert_model(source, start, config.block_size, config.mask_token, config.seed, address)
     print(

@@ -120,7 +120,7 @@ class ConvertConfig(CurriculumConfig):
     """An autoregressive model becomes a block-diffusion model; with data, it is trained to be one."""
 
     source: str = Field(min_length=1)
-    """Model folder or models:/NAME@ALIAS of a Llama, Qwen2 or Qwen3 model."""
+    """Model folder, models:/NAME@ALIAS or GGUF file of a Llama, Qwen2 or Qwen3 model."""
     to: Literal["block-diffusion"] = "block-diffusion"
     """What it becomes."""
     out: Path = Path("runs/convert")
