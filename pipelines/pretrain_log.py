@@ -14,7 +14,7 @@ from fewstep.pipelines.settings import PretrainConfig
 from fewstep.platform.errors import UserError
 from fewstep.platform.tracking import Tracker
 
-REPORT_EVERY = 50
+REPORT_EVERY, MIN_REPORTS = 50, 20
 _SUMMED = (
     "nll_sum",
     "targets",
@@ -34,6 +34,7 @@ class PretrainLog:
 
     def __init__(self, config: PretrainConfig, first: int, tracker: Tracker, matmul_rate: float) -> None:
         self._config, self._tracker, self._matmul_rate = config, tracker, matmul_rate
+        self._every = min(REPORT_EVERY, max(1, config.steps // MIN_REPORTS))
         self._start = self._since = time.monotonic()
         self._path = config.out / "metrics.jsonl"
         kept = self._path.read_text().splitlines() if first and self._path.is_file() else []
@@ -61,7 +62,7 @@ class PretrainLog:
             if last and not self.rows:
                 raise UserError("gradient", "not finite in any step", "finite ones", "lower learning_rate")
             return
-        if (step + 1) % REPORT_EVERY == 0 or last:
+        if (step + 1) % self._every == 0 or last:
             self._report(step + 1, plan)
 
     def _report(self, step: int, plan: Plan) -> None:

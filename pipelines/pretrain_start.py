@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.corpus import TOKENIZER, Corpus
 from fewstep.pipelines.curriculum import Batches, CorpusBatches, FamilyBatches
+from fewstep.pipelines.lineage import CONVERSION
 from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.settings import RECORDING, ModelSize, PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
@@ -159,6 +161,16 @@ def _fresh_on(config: PretrainConfig, corpus: Corpus) -> Start:
     return Start(_fresh(config.size, tokenizer, mask, eos, eos), tokenizer, config.seed, "", "")
 
 
+def _tokenizers(folder: Path) -> set[str]:
+    """Digests of the tokenizers that give the model's tokens: its own and, of a converted model, the source's, to which
+    nothing but the mask was added."""
+    digests = {file_digest(folder / TOKENIZER)}
+    record = folder / CONVERSION
+    if record.is_file():
+        digests.add(json.loads(record.read_text(encoding="utf-8"))["source_tokenizer"])
+    return digests
+
+
 def check_data(start: Start, corpus: Corpus | None, block_sizes: Sequence[int], key: str) -> None:
     """Checks that the data are in the model's tokens, fit its context, and end where blocks end.
 
@@ -175,7 +187,7 @@ def check_data(start: Start, corpus: Corpus | None, block_sizes: Sequence[int], 
                 "run fewstep prepare with this model as tokenizer",
             )  # fmt: skip
         return
-    if start.source is not None and file_digest(start.source / TOKENIZER) != corpus.manifest["tokenizer"]:
+    if start.source is not None and corpus.manifest["tokenizer"] not in _tokenizers(start.source):
         raise ConfigError(
             "data", f"{corpus.folder}, made with another tokenizer", f"a corpus made with {start.address}'s",
             "run fewstep prepare with this model as tokenizer",
