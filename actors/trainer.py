@@ -103,6 +103,10 @@ class TrainerGroup:
         """Rank 0's published weights."""
         return dict(self._get("state", [self._ranks[0].state.remote()])[0])
 
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """Rank 0's published adapter; empty where all weights are trained."""
+        return dict(self._get("adapter", [self._ranks[0].adapter.remote()])[0])
+
     def save(self, folder: Path) -> None:
         self._get("save", [rank.save.remote(folder) for rank in self._ranks])
 
