@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fewstep.actors.trainer import TrainerGroup
 from fewstep.kernels.model.checkpoint import save_model
+from fewstep.pipelines.adapters import ADAPTER, AdapterKeeper, adapter_tags
 from fewstep.pipelines.curriculum import Batches, plan_step, visible_block
 from fewstep.pipelines.figures import PRETRAIN_PANELS, draw_curves
 from fewstep.pipelines.pretrain_log import PretrainLog
@@ -37,6 +38,8 @@ OBJECTIVE = "fewstep.pipelines.objectives.denoise:Denoise"
 def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
     """Train, checkpoint, write `out/model`, `out/metrics.jsonl` and `out/curve.png`; tracked in MLflow.
 
+    With `trainer.lora` also `out/adapter`, which is in `out/model` already.
+
     Args:
         tags: more tags of the run; `mlflow.parentRunId` nests it under another.
 
@@ -55,7 +58,7 @@ def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
         description=f"The two-stage curriculum {origin}: masks first, edits added at the end.",
         resumed=saved is not None, required=config.require_tracking,
         tags={"machine.accelerator": accelerator(), "model.family": start.model.family, "model.source": start.address,
-              "model.source_digest": start.digest, **(tags or {})},
+              "model.source_digest": start.digest, **adapter_tags(config.trainer.lora), **(tags or {})},
     )  # fmt: skip
     with (
         tracked_run(plan) as tracker,
@@ -79,6 +82,9 @@ def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
         log = PretrainLog(config, first, tracker, trainer.matmul_rate())
         _train(_Job(config, start, fingerprint, trainer, find_batches(config, start, corpus), log), first)
         save_model(config.out / "model", trainer.state(), start.model, start.tokenizer, start.source)
+        keeper = AdapterKeeper(trainer, config.trainer.lora, start)
+        keeper(config.out / ADAPTER)
+        keeper.log(tracker, config.out / ADAPTER)
         draw_curves(config.out / "curve.png", {"pretrain": log.rows}, PRETRAIN_PANELS)
         tracker.log_figure("curve", config.out / "curve.png", step=config.steps)
         log_checkpoint(

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from fewstep.kernels.model.checkpoint import check_weights
 from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
+from fewstep.kernels.model.lora_settings import LoraSettings, chosen_modules
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.corpus import TOKENIZER, Corpus
 from fewstep.pipelines.curriculum import Batches, CorpusBatches, FamilyBatches
@@ -104,13 +105,14 @@ def example_of(start: Start, corpus: Corpus | None) -> str:
     return text
 
 
-def given_model(model: str, tracking_uri: str) -> Start:
+def given_model(model: str, tracking_uri: str, lora: LoraSettings | None = None) -> Start:
     """A model that is there, to be trained on.
 
     Args:
         model: as `pinned_model` takes it.
+        lora: of the adapter to be trained on it.
     Raises:
-        UserError: one that cannot be found or loaded, or that does not denoise.
+        UserError: one that cannot be found or loaded, that does not denoise, or that has no such module.
     """
     address, folder = pinned_model(model, tracking_uri)
     config = ModelConfig.load(folder)
@@ -122,11 +124,13 @@ def given_model(model: str, tracking_uri: str) -> Start:
             "run fewstep convert on it",
         )
     check_weights(folder, config)
+    if lora is not None:
+        chosen_modules(config, lora.target_modules)
     return Start(config, load_tokenizer(folder, config), folder, weights_digest(folder), address)
 
 
 def _given(config: PretrainConfig) -> Start:
-    start = given_model(config.model, config.tracking_uri or "")
+    start = given_model(config.model, config.tracking_uri or "", config.trainer.lora)
     last, model = config.phases[-1].block_size, start.model
     if last != model.block_size or (model.attention_kind == "bidirectional" and len(config.phases) > 1):
         raise ConfigError(

@@ -113,6 +113,10 @@ class PretrainConfig(CurriculumConfig):
             raise ValueError("the shares of phases must add up to 1")
         if not self.model and self.phases[-1].block_size != self.size.block_size:
             raise ValueError(f"the last phase must train at size.block_size {self.size.block_size}")
+        if not self.model and self.trainer.lora is not None:
+            raise ValueError(
+                "trainer.lora needs a model: an adapter on fresh weights learns nothing of its own"
+            )
         return self
 
 

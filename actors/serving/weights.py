@@ -12,8 +12,10 @@ from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
 from fewstep.actors.serving.engine_source import EngineOptions
 from fewstep.actors.serving.model_source import ModelSource
+from fewstep.kernels.model.adapter_folder import load_adapter
 from fewstep.kernels.model.checkpoint import load_model, load_state, state_checksum
 from fewstep.kernels.model.config import ComputeDtype, ModelConfig
+from fewstep.kernels.model.lora import merge_into
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.errors import CheckpointError, RequestError
@@ -21,12 +23,15 @@ from fewstep.platform.records import DecodePolicy, WeightVersion
 
 
 def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
-    """An engine over a model folder.
+    """An engine over a model folder, an adapter merged into its weights if there is one.
 
     Raises:
-        CheckpointError: the folder is not a whole model.
+        CheckpointError: the folder is not a whole model, or the adapter does not fit it.
     """
     model, tokenizer = load_model(Path(source.folder), torch_dtype(options.dtype))
+    if source.adapter:
+        factors, scale = load_adapter(Path(source.adapter), model.config)
+        merge_into(model.state_dict(), factors, model.config, scale)
     return Engine(
         model,
         tokenizer,

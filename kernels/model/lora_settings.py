@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -106,13 +106,3 @@ def _matrices(config: ModelConfig) -> dict[str, list[Piece]]:
 
 def _every_module(config: ModelConfig) -> set[str]:
     return {piece.source.rpartition(".")[0] for piece in family_of(config).pieces(config)}
-
-
-def described(settings: LoraSettings) -> Mapping[str, str]:
-    """What a run's page says of the adapter, by tag."""
-    return {
-        "adapter.kind": "lora",
-        "adapter.rank": str(settings.rank),
-        "adapter.alpha": f"{settings.alpha:g}",
-        "adapter.target_modules": ", ".join(settings.target_modules),
-    }

@@ -65,9 +65,7 @@ def test_an_adapter_is_what_its_formula_adds_to_the_tensors_of_the_files(name: s
         tensors[f"{module}.weight"] += 2.0 * factors[module + UP].double() @ factors[key].double()
     expected = plain_logits(CONFIGS[name], tensors, TOKENS, expected_visibility(name, len(TOKENS)))
     found = logits_of(model, TOKENS)
-    torch.testing.assert_close(
-        finite(found).double(), expected[torch.isfinite(found)], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(finite(found).double(), expected[torch.isfinite(found)], rtol=1e-4, atol=1e-4)
 
     plain, _ = load_model(folder)
     before = logits_of(plain, TOKENS)
@@ -190,7 +188,9 @@ def test_we_compute_the_same_with_pefts_adapter(name: str, rslora: bool, tmp_pat
     with torch.no_grad():
         for key, parameter in wrapped.named_parameters():
             if "lora_" in key:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+                parameter.copy_(
+                    0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+                )
         expected = wrapped(torch.tensor([TOKENS])).logits[0]
     wrapped.save_pretrained(tmp_path / "adapter")
     model, _ = load_model(folder)
@@ -243,7 +243,9 @@ def test_a_target_that_a_family_does_not_have_is_refused(
     config = ModelConfig.load(write_small(tmp_path / name, CONFIGS[name]))
     with pytest.raises(ConfigError) as refused:
         Lora(config, LoraSettings(target_modules=("all-linear", target)))
-    assert str(refused.value).startswith(f"trainer.lora.target_modules: got '{target}'; allowed: all-linear, or of")
+    assert str(refused.value).startswith(
+        f"trainer.lora.target_modules: got '{target}'; allowed: all-linear, or of"
+    )
     assert allowed in str(refused.value)
 
 
