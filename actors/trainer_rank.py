@@ -265,17 +265,16 @@ class TrainerRank:
 
     @contextmanager
     def _asked(self, source: LogprobSource) -> Iterator[TrainingModel]:
-        """The model that a question is for; without gradient and dropout."""
-        own, aside = self._model, nullcontext()
+        """The model that a question is for, without gradient and dropout; the reference of an adapter is what it is on."""
+        own, lora = self._model, self._lora
         if source == "reference" and self._reference is None:
-            same = own.transformer if self._lora is not None else _transformer(self._config, self._initial)
+            same = own.transformer if lora is not None else _transformer(self._config, self._initial)
             self._reference = TrainingModel(same.requires_grad_(False), self._settings.precision)
-        if source == "reference" and self._lora is not None:
-            aside = self._lora.detached()
+        asked = own if source == "current" or self._reference is None else self._reference
         own.eval()
         try:
-            with torch.no_grad(), aside:
-                yield own if source == "current" or self._reference is None else self._reference
+            with torch.no_grad(), lora.detached() if lora is not None and asked is not own else nullcontext():
+                yield asked
         finally:
             own.train()
 

@@ -84,7 +84,7 @@ def save_adapter(
     Raises:
         CheckpointError: the folder cannot be written. ResourceError: the disk is full.
     """
-    content = {
+    content: dict[str, Any] = {
         "peft_type": "LORA",
         # None, because a diffusion model is asked otherwise than a causal one: PEFT then adds no method of its own.
         "task_type": None,
