@@ -40,7 +40,7 @@ from fewstep.pipelines.refine_workers import (
     place_actors,
 )
 from fewstep.pipelines.rollouts import check_recorded, rollout_policy
-from fewstep.pipelines.settings import RECORDING, RefineConfig
+from fewstep.pipelines.settings import FREE_ON_RESUME, RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
 from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest
@@ -255,7 +255,7 @@ def _upkeep(engines: Engines, verifier: Verifier) -> dict[str, Any]:
 
 def _fingerprint(config: RefineConfig, weights: str, data: Sequence[str]) -> str:
     """Configuration, starting weights and data."""
-    kept = config.model_dump_json(exclude={*RECORDING, *_TOLD_APART})
+    kept = config.model_dump_json(exclude=FREE_ON_RESUME | dict.fromkeys(_TOLD_APART, True))
     return f"{weights} {state_digest(data)} {kept}"
 
 

@@ -20,6 +20,9 @@ RECORDING = (
 )  # fmt: skip
 """Keys that say where a run is kept and recorded, of whichever jobs have them: no part of what it computes."""
 
+FREE_ON_RESUME: dict[str, Any] = {**dict.fromkeys(RECORDING, True), "trainer": {"num_ranks"}}
+"""What a job that goes on from a checkpoint may have otherwise than the one that wrote it, as pydantic's `exclude`."""
+
 
 class ModelSize(Config):
     """Sizes of a fresh model; the vocabulary comes with the tokenizer."""
