@@ -93,7 +93,7 @@ class TrainerGroup:
     def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
         """As TrainerRank's, each rank its share; in the order of the samples."""
         count = len(self._ranks)
-        asked = [*samples, *samples[:1] * (count - len(samples))]  # every rank has something to do
+        asked = list(samples) + list(samples[:1]) * (count - len(samples))  # every rank has something to do
         calls = [rank.logprobs.remote(asked[n::count], source) for n, rank in enumerate(self._ranks)]
         parts = self._get("logprobs", calls)
         results: list[Any] = [None] * len(asked)

@@ -151,7 +151,7 @@ class TrainerRank:
                 block_size or self._config.sees_block, rows.documents,
             )  # fmt: skip
             if index >= len(batches):
-                engine.backward(logprob.sum() * 0.0)
+                engine.backward(logprob[:0].sum())
                 engine.step()
                 continue
             loss, metrics = self._objective.loss(logprob, entropy, rows)

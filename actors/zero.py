@@ -123,11 +123,13 @@ def gathered(module: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str,
         return result
     for names in _buckets({name: part.numel() * part.element_size() for name, part in sharded.items()}):
         flat = torch.cat([sharded[name] for name in names])
-        first = dist.get_rank() == 0
-        received = [torch.empty_like(flat) for _ in range(dist.get_world_size())] if first else None
+        if dist.get_rank() != 0:
+            dist.gather(flat, dst=0)
+            continue
+        received = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
         dist.gather(flat, received, dst=0)
         offset = 0
-        for name in names if received is not None else ():
+        for name in names:
             size, shape = len(sharded[name]), tensors[name].ds_shape
             whole = torch.cat([part[offset : offset + size] for part in received])
             result[name] = whole[: math.prod(shape)].reshape(shape).clone()
@@ -157,7 +159,10 @@ class SavedTrainer:
             return cls(**json.loads((folder / FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                str(folder / FILE), f"unreadable ({error})", "what a finished checkpoint holds", "resume=false"
+                str(folder / FILE),
+                f"unreadable ({error})",
+                "what a finished checkpoint holds",
+                "resume=false",
             ) from error
 
     def write(self, folder: Path) -> None:
