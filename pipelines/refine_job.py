@@ -50,8 +50,9 @@ from fewstep.platform.records import FrontierPoint, Rollout, WeightVersion
 from fewstep.platform.registry import resolve
 from fewstep.platform.trajectories import write_rollouts
 
-# Weights and data are told by their digests; which node an actor is on changes nothing it computes.
-_TOLD_APART = ("model", "replay", "layout")
+# Weights and data are told by their digests; which node an actor is on, and how weights come there, changes nothing it
+# computes.
+_TOLD_APART = ("model", "replay", "layout", "weight_transport")
 
 
 def command(config: RefineConfig) -> None:
