@@ -8,17 +8,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fewstep.actors.engine.request import Request
 from fewstep.actors.weight_sync.base import Echo, Payload
+from fewstep.actors.weight_sync.transport_name import TransportName
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.records import WeightVersion
 
 if TYPE_CHECKING:
     import torch
-
-TransportName = Literal["auto", "shared_memory", "object_store"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class ReplicaSettings:
             the checksum of the receiver's tensors.
         num_cpus: logical CPUs reserved for each.
         min_chunk: requests handed out at once, at least.
-        transport: how weights travel; auto = shared memory if every replica is on this node.
+        transport: how weights travel; auto = shared memory if every replica is on this node, else the object store.
         heartbeat_s, suspect_after_s, dead_after_s: a working replica is asked for a sign of life this often, and
             is given no new work, then killed, after so much silence.
         start_timeout_s: a start may take this long, an interpreter and torch included.

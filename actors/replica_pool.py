@@ -26,8 +26,7 @@ from fewstep.actors.fleet import Fleet, State
 from fewstep.actors.placement import on_node, require_room
 from fewstep.actors.replica import Replica, ReplicaSettings, ReplicaStats
 from fewstep.actors.weight_sync.base import Echo, Payload, Receipt, Receiver, WeightTransport
-from fewstep.actors.weight_sync.object_store import ObjectStoreTransport
-from fewstep.actors.weight_sync.shared_memory import SharedMemoryTransport
+from fewstep.actors.weight_sync.transports import open_transport
 from fewstep.kernels.model.checkpoint import load_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.platform.errors import ActorDied, RequestError, UserError
@@ -91,6 +90,7 @@ class ReplicaPool:
         self._stats: dict[str, ReplicaStats] = {}
         self._calls: dict[Any, _Call] = {}
         self._transport: WeightTransport | None = None
+        self._route = ("", "")
         self._pushed: dict[str, torch.Tensor] = {}
         state = model.state_dict()
         version = WeightVersion(run_id, 0, state_checksum(state))
@@ -323,15 +323,14 @@ class ReplicaPool:
         here = self._ray.get_runtime_context().get_node_id()
         local = all(stats.node_id == here for stats in self._stats.values())
         kind = self.settings.transport
-        chosen = (
-            SharedMemoryTransport
-            if kind == "shared_memory" or (kind == "auto" and local)
-            else ObjectStoreTransport
-        )
-        if not isinstance(self._transport, chosen):
+        if kind == "auto":
+            kind = "shared_memory" if local else "object_store"
+        # Replicas elsewhere need an address of this node that they reach; others need no more than loopback.
+        host = "127.0.0.1" if local else str(self._ray.util.get_node_ip_address())
+        if self._transport is None or self._route != (kind, host):
             if self._transport is not None:
                 self._transport.close()
-            self._transport = chosen()
+            self._transport, self._route = open_transport(kind, host), (kind, host)
         return self._transport
 
     def _bury(self, name: str, error: BaseException) -> None:

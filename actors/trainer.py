@@ -15,9 +15,10 @@ from fewstep.actors.deaths import first_death
 from fewstep.actors.placement import on_node, require_room
 from fewstep.actors.trainer_rank import LogprobSource, Metrics, TrainerRank
 from fewstep.actors.trainer_settings import TrainerSettings
+from fewstep.actors.zero import SavedTrainer
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows, save_samples
-from fewstep.platform.errors import ActorDied, UserError
+from fewstep.platform.errors import ActorDied, CheckpointError, UserError
 
 
 class TrainerGroup:
@@ -92,16 +93,18 @@ class TrainerGroup:
     def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
         """As TrainerRank's, each rank its share; in the order of the samples."""
         count = len(self._ranks)
-        calls = [rank.logprobs.remote(samples[n::count], source) for n, rank in enumerate(self._ranks)]
+        asked = list(samples) + list(samples[:1]) * (count - len(samples))  # every rank has something to do
+        calls = [rank.logprobs.remote(asked[n::count], source) for n, rank in enumerate(self._ranks)]
         parts = self._get("logprobs", calls)
-        results: list[Any] = [None] * len(samples)
+        results: list[Any] = [None] * len(asked)
         for index, part in enumerate(parts):
             results[index::count] = part
-        return results
+        return results[: len(samples)]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Rank 0's published weights."""
-        return dict(self._get("state", [self._ranks[0].state.remote()])[0])
+        asked = self._ranks if self.settings.zero_stage == 3 else self._ranks[:1]
+        return dict(self._get("state", [rank.state.remote() for rank in asked])[0])
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """Rank 0's published adapter; empty where all weights are trained."""
@@ -111,6 +114,20 @@ class TrainerGroup:
         self._get("save", [rank.save.remote(folder) for rank in self._ranks])
 
     def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, with as many ranks or another number.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        saved = SavedTrainer.read(folder)
+        if saved.num_ranks != len(self._ranks):
+            if self.settings.lora is not None and not saved.fits(self.settings):
+                raise CheckpointError(
+                    str(folder), f"an adapter's optimiser in the shards of {saved.num_ranks} ranks",
+                    f"{saved.num_ranks} ranks", f"set trainer.num_ranks={saved.num_ranks}",
+                )  # fmt: skip
+            how = "read as it is" if saved.fits(self.settings) else "converted"
+            print(f"checkpoint of {saved.num_ranks} trainer ranks, {how} for {len(self._ranks)}", flush=True)
         self._get("load", [rank.load.remote(folder) for rank in self._ranks])
 
     def matmul_rate(self) -> float:

@@ -19,8 +19,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from fewstep.actors import zero
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.config import ModelConfig
@@ -34,6 +37,8 @@ from fewstep.platform.registry import resolve
 
 Metrics = dict[str, float]
 LogprobSource = Literal["current", "reference"]
+
+_AVERAGE = "average.safetensors"
 
 
 class Objective(Protocol):
@@ -80,17 +85,11 @@ class TrainerRank:
         self._objective: Objective = resolve("objective", objective, {})(**options)
         self._initial = initial
         self._reference: TrainingModel | None = None
-        transformer = _transformer(config, initial)
-        transformer.gradient_checkpointing = settings.gradient_checkpointing
-        self._lora = None if settings.lora is None else Lora(config, settings.lora)
-        if self._lora is not None:
-            self._lora.attach(transformer)
-        self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled, self._lora)
-        self._ema = {n: p.clone() for n, p in self._trained().items()} if settings.ema_decay else None
         self._rank = self._updates = 0
 
     def connect(self, rank: int, address: str, port: int) -> None:
-        """Join the process group and build the DeepSpeed engine; every rank must call it at the same time."""
+        """Join the process group, load the weights and build the DeepSpeed engine; every rank must call it at the same
+        time."""
         settings, self._rank = self._settings, rank
         os.environ.update(
             RANK=str(rank),
@@ -108,19 +107,21 @@ class TrainerRank:
         # every later start); gloo's own all-reduce is as fast at these sizes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        transformer = self._transformer()
+        transformer.gradient_checkpointing = settings.gradient_checkpointing
+        self._lora = None if settings.lora is None else Lora(self._config, settings.lora)
+        if self._lora is not None:
+            self._lora.attach(transformer)
+        self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled, self._lora)
+        # This rank's parts of the average; up to stage 2 that is all of it.
+        self._ema = {n: p.clone() for n, p in self._trained().items()} if settings.ema_decay else None
         self._optimizer = SkippingAdamW(
             _decay_groups(self._model, settings.weight_decay), lr=0.0, betas=settings.betas, fused=True
         )
         self._engine, *_ = deepspeed.initialize(
             model=self._model,
             optimizer=self._optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_clipping": settings.max_grad_norm,
-                "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"stage": settings.zero_stage},
-                "steps_per_print": 10**9,
-            },
+            config=zero.deepspeed_config(settings, self._config),
         )
 
     def update(
@@ -144,8 +145,15 @@ class TrainerRank:
         if self._config.attention_kind == "bidirectional":
             samples = [sample.states_only() for sample in samples]
         batches = list(_micro_batches(samples, self._settings.micro_rows))
+        # From stage 2 on every backward is an exchange of all ranks: one with fewer batches takes part with a sample that
+        # adds nothing.
+        rounds = zero.most(len(batches)) if self._settings.zero_stage >= 2 else len(batches)
+        num_own = len(batches)
+        if rounds > num_own:
+            shortest = RowBatch.collate([min(samples, key=lambda sample: len(sample.tokens))])
+            batches += [shortest] * (rounds - num_own)
         for index, batch in enumerate(batches):
-            engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            engine.set_gradient_accumulation_boundary(index == rounds - 1)
             rows = RowTensors.of(batch)
             if self._lora is not None:
                 self._lora.draw(self._updates, self._rank, index)
@@ -153,10 +161,14 @@ class TrainerRank:
                 rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
                 block_size or self._config.sees_block, rows.documents,
             )  # fmt: skip
+            if index >= num_own:
+                engine.backward(logprob[:0].sum())
+                engine.step()
+                continue
             loss, metrics = self._objective.loss(logprob, entropy, rows)
             # Gradients are averaged over ranks, weights are normalised over all of them: undo the division.
             engine.backward(loss * self._settings.num_ranks)
-            if index == len(batches) - 1 and self._settings.zero_stage == 0:
+            if index == rounds - 1 and self._settings.zero_stage == 0:
                 totals["grad_norm"] = self._grad_norm()
                 self._optimizer.skip = not math.isfinite(totals["grad_norm"])
             engine.step()
@@ -191,7 +203,10 @@ class TrainerRank:
         bidirectional = self._config.attention_kind == "bidirectional"
         shown = [sample.states_only() if bidirectional else sample for sample in samples]
         results = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
-        for group in _grouped([len(sample.tokens) for sample in shown], self._settings.micro_rows):
+        groups = _grouped([len(sample.tokens) for sample in shown], self._settings.micro_rows)
+        # Under stage 3 a forward gathers weights from all ranks: one with fewer groups goes through its first again.
+        rounds = zero.most(len(groups)) if self._settings.zero_stage == 3 else len(groups)
+        for group in groups + groups[:1] * (rounds - len(groups)):
             rows = RowTensors.of(RowBatch.collate([shown[index] for index in group]))
             with self._asked(source) as model:
                 values, _ = model(
@@ -207,28 +222,45 @@ class TrainerRank:
         return results
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The weights to publish (the moving average if one is kept)."""
+        """The weights to publish (the moving average if one is kept). Under ZeRO 3 all ranks call it, rank 0 gets the
+        weights and the others {}: none but rank 0 ever holds them whole."""
+        transformer = self._model.transformer
         if self._lora is not None:
-            return self._lora.merged(self._model.transformer.state_dict(), self.adapter())
-        return self._published()
+            return self._lora.merged(transformer.state_dict(), self.adapter())
+        return zero.gathered(transformer, self._published())
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """The adapter in the weights to publish (`kernels.model.lora.Factors`); empty where all weights are trained."""
-        return {} if self._lora is None else self._published()
+        if self._lora is None:
+            return {}
+        return {name: tensor.clone() for name, tensor in self._published().items()}
 
     def save(self, folder: Path) -> None:
         """Write engine, optimiser and average below `folder` (collective: all ranks call it)."""
         self._engine.save_checkpoint(
-            str(folder), tag="trainer", client_state={"fewstep": {"ema": self._ema, "updates": self._updates}},
-            exclude_frozen_parameters=self._lora is not None,
-        )  # fmt: skip
+            str(folder), tag=zero.TAG, exclude_frozen_parameters=self._lora is not None
+        )
+        # Whole, so that any number of ranks can read it.
+        average = self._ema or {}
+        if self._lora is None:
+            average = zero.gathered(self._model.transformer, average)
+        if self._rank == 0:
+            save_file({name: tensor.contiguous() for name, tensor in average.items()}, folder / _AVERAGE)
+            settings = self._settings
+            zero.SavedTrainer(settings.num_ranks, settings.zero_stage, self._updates).write(folder)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote (collective)."""
-        _, client = self._engine.load_checkpoint(
-            str(folder), tag="trainer", load_module_strict=self._lora is None
-        )
-        self._ema, self._updates = client["fewstep"]["ema"], client["fewstep"]["updates"]
+        """Restore what `save` wrote (collective); the number of ranks that wrote it may have been another."""
+        saved = zero.SavedTrainer.read(folder)
+        zero.load_engine(self._engine, folder, saved, self._settings)
+        self._updates = saved.updates
+        if self._ema is None:
+            return
+        tensors = self._model.transformer.state_dict(keep_vars=True)
+        with safe_open(folder / _AVERAGE, "pt") as file:
+            for name, average in self._ema.items():
+                whole = file.get_tensor(name)
+                average.copy_(whole if self._lora is not None else zero.part_of(tensors[name], whole))
 
     def endpoint(self) -> tuple[str, int]:
         """A free loopback port of this process's host, for the rendezvous."""
@@ -252,24 +284,22 @@ class TrainerRank:
         # Early on the average must forget the initial weights: (1 + n) / (10 + n) is the usual warm-up.
         decay = min(self._settings.ema_decay, (1 + self._updates) / (10 + self._updates))
         with torch.no_grad():
-            for name, parameter in self._trained().items():
-                self._ema[name].lerp_(parameter, 1 - decay)
+            for name, part in self._trained().items():
+                self._ema[name].lerp_(part, 1 - decay)
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """What training changes, the parameters' own memory."""
-        return self._model.transformer.state_dict() if self._lora is None else self._lora.factors()
+        """What training changes, this rank's parts of it, in the parameters' own memory."""
+        return zero.parts(self._model.transformer) if self._lora is None else self._lora.factors()
 
     def _published(self) -> dict[str, torch.Tensor]:
-        found = self._trained() if self._ema is None else self._ema
-        return {name: tensor.detach().clone() for name, tensor in found.items()}
+        return self._trained() if self._ema is None else self._ema
 
     @contextmanager
     def _asked(self, source: LogprobSource) -> Iterator[TrainingModel]:
         """The model that a question is for, without gradient and dropout; the reference of an adapter is what it is on."""
         own, lora = self._model, self._lora
         if source == "reference" and self._reference is None:
-            same = own.transformer if lora is not None else _transformer(self._config, self._initial)
-            self._reference = TrainingModel(same.requires_grad_(False), self._settings.precision)
+            self._reference = self._frozen()
         asked = own if source == "current" or self._reference is None else self._reference
         own.eval()
         try:
@@ -278,18 +308,37 @@ class TrainerRank:
         finally:
             own.train()
 
+    def _transformer(self) -> Transformer:
+        """The weights that training starts from, float32."""
+        if self._settings.zero_stage == 3:
+            options = zero.deepspeed_config(self._settings, self._config)
+            return zero.partitioned_transformer(self._config, self._initial, options)
+        if isinstance(self._initial, int):
+            transformer = Transformer(self._config)
+            transformer.initialise(self._initial)
+            return transformer
+        return load_model(self._initial, torch.float32)[0]
 
-def _transformer(config: ModelConfig, initial: Path | int) -> Transformer:
-    if isinstance(initial, int):
-        transformer = Transformer(config)
-        transformer.initialise(initial)
-        return transformer
-    return load_model(initial, torch.float32)[0]
+    def _frozen(self) -> TrainingModel:
+        """The weights that training started from, sharded as the trained ones are; under an adapter they are its base."""
+        if self._lora is not None:
+            return TrainingModel(self._model.transformer.requires_grad_(False), self._settings.precision)
+        model = TrainingModel(self._transformer().eval().requires_grad_(False), self._settings.precision)
+        if self._settings.zero_stage < 3:
+            return model
+        import deepspeed
+
+        # Without an optimiser an engine only gathers for the forward.
+        engine, *_ = deepspeed.initialize(
+            model=model, config=zero.deepspeed_config(self._settings, self._config)
+        )
+        return engine.module  # type: ignore[no-any-return]
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    matrices = [p for p in trained if zero.num_dims(p) > 1]
+    vectors = [p for p in trained if zero.num_dims(p) <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     # An adapter is matrices only, and DeepSpeed cannot shard a group of nothing.
     return [group for group in groups if group["params"]]

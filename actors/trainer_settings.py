@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fewstep.kernels.model.config import Precision
 from fewstep.kernels.model.lora_settings import LoraSettings
@@ -16,8 +16,9 @@ class TrainerSettings(Config):
 
     num_ranks: int = Field(default=1, ge=1)
     """Data-parallel ranks, one process each."""
-    zero_stage: Literal[0, 1] = 0
-    """DeepSpeed ZeRO stage: what is sharded over the ranks (1: the optimiser's state)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is sharded over the ranks (1: the optimiser's state, 2: the gradients too, 3: the weights
+    too)."""
     precision: Precision = "fp32"
     """bf16 = matrix products in bfloat16 over float32 weights."""
     compiled: bool = False
@@ -38,3 +39,17 @@ class TrainerSettings(Config):
     """A step whose gradient is not finite changes nothing and is counted; more than this many in a row end the job."""
     deadline_s: float = Field(default=900.0, gt=0.0)
     """A rank that has not answered a call after this long is given up, and the job with it."""
+
+    @model_validator(mode="after")
+    def _weights_stay_where_the_compiler_saw_them(self) -> TrainerSettings:
+        if self.zero_stage == 3 and self.compiled:
+            raise ValueError("zero_stage 3 does not go with compiled: set trainer.compiled=false")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_is_small(self) -> TrainerSettings:
+        if self.lora is not None and self.zero_stage >= 2:
+            raise ValueError(
+                f"zero_stage {self.zero_stage} does not go with lora, of whose gradients there are few: set zero_stage to 0 or 1"
+            )
+        return self

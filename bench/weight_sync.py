@@ -1,9 +1,10 @@
-"""How long a push of weights takes: `python bench/weight_sync.py [--gigabytes 1]`, about a minute, 4 GB of memory.
+"""How long a push of weights takes: `python bench/weight_sync.py [--gigabytes 1]`, about three minutes, 5 GB of memory.
 
 A sender pushes 1 GB of tensors through shared memory to a replica's process, which copies them into tensors of its own
 and echoes their checksum, as `actors/replica.py` does. Each push is measured in turns with a memcpy of the same bytes
-within the sender. Writes bench/results/weight-sync.json: seconds and bytes of a push, its parts, and the ratio. Run it on a
-machine that does nothing else.
+within the sender. Then every transport pushes `--megabytes` to 1, 2, 4 and 8 receivers (bench/weight_receivers.py). Writes
+bench/results/weight-sync.json: seconds and bytes of a push, its parts, and the ratio; and the table of docs/refine.md. Run it
+on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+from bench import weight_receivers
+from bench.documents import fill
+
 from fewstep.actors.weight_sync.base import Echo, Payload
 from fewstep.actors.weight_sync.layout import BUCKET_BYTES, buckets, packed_bytes
 from fewstep.actors.weight_sync.shared_memory import SharedMemoryTransport
@@ -31,6 +36,8 @@ from fewstep.platform.records import WeightVersion
 
 RESULTS = Path(__file__).resolve().parent / "results" / "weight-sync.json"
 GOAL_S = 1.0
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "refine.md"
+COUNTS = (1, 2, 4, 8)
 NUM_TENSORS = 290  # of a 0.5 B model: 24 layers of 12, embedding, head
 
 
@@ -66,11 +73,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--pushes", type=int, default=5, help="that count, after one that does not")
+    parser.add_argument("--megabytes", type=float, default=100.0, help="of a push to several receivers")
+    parser.add_argument("--receivers", type=int, nargs="+", default=COUNTS, help="numbers of them")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result = measure(int(arguments.gigabytes * 10**9), arguments.pushes)
+    states = [make_state(int(arguments.megabytes * 10**6), seed) for seed in range(2)]
+    rows = weight_receivers.measure(states, arguments.receivers, arguments.pushes)
+    result |= {"receivers": {"bytes": packed_bytes(states[0]), "rows": rows}}
     atomic_write_text(arguments.out, json.dumps(result, indent=2) + "\n")
+    if arguments.out == RESULTS:
+        fill(PAGE, "weight-sync", weight_receivers.table(rows))
     print(json.dumps({key: result[key] for key in ("value", "unit", "goal", "memcpy_seconds")}, indent=2))
     return 0
 

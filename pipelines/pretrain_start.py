@@ -19,7 +19,7 @@ from fewstep.pipelines.corpus import TOKENIZER, Corpus
 from fewstep.pipelines.curriculum import Batches, CorpusBatches, FamilyBatches
 from fewstep.pipelines.lineage import CONVERSION
 from fewstep.pipelines.models import pinned_model
-from fewstep.pipelines.settings import RECORDING, ModelSize, PretrainConfig
+from fewstep.pipelines.settings import FREE_ON_RESUME, ModelSize, PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.vocabulary import EOS_ID, MASK, MASK_ID, PAD_ID, build_tokenizer
 from fewstep.platform.artifacts import file_digest, weights_digest
@@ -212,6 +212,6 @@ def check_data(start: Start, corpus: Corpus | None, block_sizes: Sequence[int], 
 
 def job_fingerprint(config: Config, start: Start, corpus: Corpus | None) -> str:
     """Configuration, data and starting weights of a job."""
-    text = config.model_dump_json(exclude=set(RECORDING))
+    text = config.model_dump_json(exclude=FREE_ON_RESUME)
     parts = (text, corpus.digest if corpus is not None else "", start.digest)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -41,7 +41,7 @@ from fewstep.pipelines.refine_workers import (
     place_actors,
 )
 from fewstep.pipelines.rollouts import check_recorded, rollout_policy
-from fewstep.pipelines.settings import RECORDING, RefineConfig
+from fewstep.pipelines.settings import FREE_ON_RESUME, RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
 from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest
@@ -51,8 +51,9 @@ from fewstep.platform.records import FrontierPoint, Rollout, WeightVersion
 from fewstep.platform.registry import resolve
 from fewstep.platform.trajectories import write_rollouts
 
-# Weights and data are told by their digests; which node an actor is on changes nothing it computes.
-_TOLD_APART = ("model", "replay", "layout")
+# Weights and data are told by their digests; which node an actor is on, and how weights come there, changes nothing it
+# computes.
+_TOLD_APART = ("model", "replay", "layout", "weight_transport")
 
 
 def command(config: RefineConfig) -> None:
@@ -259,7 +260,7 @@ def _upkeep(engines: Engines, verifier: Verifier) -> dict[str, Any]:
 
 def _fingerprint(config: RefineConfig, weights: str, data: Sequence[str]) -> str:
     """Configuration, starting weights and data."""
-    kept = config.model_dump_json(exclude={*RECORDING, *_TOLD_APART})
+    kept = config.model_dump_json(exclude=FREE_ON_RESUME | dict.fromkeys(_TOLD_APART, True))
     return f"{weights} {state_digest(data)} {kept}"
 
 

@@ -118,7 +118,9 @@ def open_engines(
         yield Engines(engine.generate, load, None)
         return
     # The type the trainer keeps, whatever the type on disk: pushes are proved by the tensors' bytes.
-    settings = ReplicaSettings(config.max_sequences, "float32", config.replica_cpus)
+    settings = ReplicaSettings(
+        config.max_sequences, "float32", config.replica_cpus, transport=config.weight_transport
+    )
     with ReplicaPool(
         folder, config.num_replicas, run_id=tracker.run_id, settings=settings,
         node_ids=placement.node_ids("replicas"),

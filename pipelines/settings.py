@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from fewstep.actors.trainer_settings import TrainerSettings
+from fewstep.actors.weight_sync.transport_name import TransportName
 from fewstep.pipelines.tasks.choice import BenchmarkChoice, one_spelled_out
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy
@@ -19,6 +20,9 @@ RECORDING = (
     "out", "resume", "tracking_uri", "require_tracking", "experiment", "register_as", "keep_models", "traces_per_step"
 )  # fmt: skip
 """Keys that say where a run is kept and recorded, of whichever jobs have them: no part of what it computes."""
+
+FREE_ON_RESUME: dict[str, Any] = {**dict.fromkeys(RECORDING, True), "trainer": {"num_ranks"}}
+"""What a job that goes on from a checkpoint may have otherwise than the one that wrote it, as pydantic's `exclude`."""
 
 
 class ModelSize(Config):
@@ -265,6 +269,9 @@ class RefineConfig(Config):
     num_verifiers: int = Field(default=2, ge=1)
     max_sequences: int = Field(default=48, ge=1)
     """Requests that share a forward in one replica."""
+    weight_transport: TransportName = "auto"
+    """How weights reach the replicas: `shared_memory` (one node), `object_store`, `broadcast` (a tree of gloo
+    connections); auto = shared memory if every replica is on the driver's node, else the object store."""
     trainer: TrainerSettings = TrainerSettings(num_ranks=2, precision="bf16", micro_rows=4096)
     replica_cpus: float = Field(default=0.5, gt=0.0)
     """Logical CPUs a replica reserves; replicas and trainer ranks take turns, so they may share the cores."""
@@ -328,6 +335,8 @@ class RefineConfig(Config):
             raise ValueError("rollouts_only and replay exclude each other")
         if self.max_staleness and (self.rollouts_only or self.replay is not None or self.in_process):
             raise ValueError("max_staleness does nothing with rollouts_only, replay or in_process")
+        if self.in_process and self.weight_transport != "auto":
+            raise ValueError("weight_transport does nothing with in_process")
         if self.in_process and self.trainer.num_ranks != 1:
             raise ValueError("in_process has one trainer rank: set trainer.num_ranks=1")
         return self

@@ -12,7 +12,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,6 +39,7 @@ class Payload(Protocol):
 
         Raises:
             OSError: the push is over, or this process cannot reach it.
+            Interrupted: another receiver's end broke it off.
         """
 
 
@@ -68,6 +69,10 @@ class Receipt:
     failures: Mapping[str, BaseException]
 
 
+class Interrupted(ConnectionError):
+    """A push that this receiver would have taken, had another one not fallen out of it; to be asked again."""
+
+
 class ChecksumMismatch(Exception):
     """A replica holds other bytes than were sent."""
 
@@ -81,8 +86,18 @@ class WeightTransport(ABC):
         self._count = itertools.count()
 
     @abstractmethod
-    def publish(self, state: Mapping[str, torch.Tensor]) -> AbstractContextManager[Payload]:
-        """Make `state` reachable for the length of a block; a late receiver gets these bytes or an error."""
+    def publish(
+        self, state: Mapping[str, torch.Tensor], num_receivers: int, limit_s: float
+    ) -> AbstractContextManager[Payload]:
+        """Make `state` reachable for the length of a block, at most `limit_s`, to so many receivers; a late one gets
+        these bytes or an error."""
+
+    def attempt_s(self, left_s: float, deadline_s: float) -> float:
+        """How long one publication may wait for echoes, of the time that is left; interrupted receivers get another."""
+        return left_s
+
+    def answered(self, *, failed: bool) -> None:  # noqa: B027
+        """Called inside `publish`'s block as each receiver answers, from any thread."""
 
     def all_answered(self) -> None:  # noqa: B027 -- most transports keep nothing
         """Called inside `publish`'s block when every receiver has answered."""
@@ -105,30 +120,51 @@ class WeightTransport(ABC):
             receivers: by replica name, a call that starts the load and returns its future.
         """
         started = time.monotonic()
+        futures: dict[str, Future[Echo]] = {}
+        num_calls, again, left_s = 0, list(receivers), deadline_s
+        while left_s > 0 and (again or any(not future.done() for future in futures.values())):
+            if again:
+                num_calls += len(again)
+                limit_s = self.attempt_s(left_s, deadline_s)
+                with self.publish(state, len(again), limit_s) as payload:
+                    for name in again:
+                        futures[name] = receivers[name](payload, version)
+                        futures[name].add_done_callback(self._note)
+                    wait(futures.values(), timeout=limit_s)
+                    # One that failed may still be reading: a caller's error is no proof of the process's end.
+                    if all(future.done() and future.exception() is None for future in futures.values()):
+                        self.all_answered()
+            else:
+                wait(
+                    [f for f in futures.values() if not f.done()], timeout=left_s, return_when=FIRST_COMPLETED
+                )
+            again = [name for name, future in futures.items() if _interrupted(future)]
+            left_s = deadline_s - (time.monotonic() - started)
         echoes: dict[str, Echo] = {}
         failures: dict[str, BaseException] = {}
-        with self.publish(state) as payload:
-            futures = {name: receive(payload, version) for name, receive in receivers.items()}
-            wait(futures.values(), timeout=deadline_s)
-            # One that failed may still be reading: a caller's error is no proof of the process's end.
-            if all(future.done() and future.exception() is None for future in futures.values()):
-                self.all_answered()
-            for name, future in futures.items():
-                outcome = _outcome(future, version, deadline_s)
-                if isinstance(outcome, Echo):
-                    echoes[name] = outcome
-                else:
-                    failures[name] = outcome
+        for name, future in futures.items():
+            outcome = _outcome(future, version, deadline_s)
+            if isinstance(outcome, Echo):
+                echoes[name] = outcome
+            else:
+                failures[name] = outcome
         return Receipt(
             push_id=f"{version.run_id}-{os.getpid()}-{next(self._count)}",
             version=version,
             transport=self.name,
             num_bytes=packed_bytes(state),
             seconds=time.monotonic() - started,
-            num_calls=len(futures),
+            num_calls=num_calls,
             echoes=echoes,
             failures=failures,
         )
+
+    def _note(self, future: Future[Echo]) -> None:
+        self.answered(failed=future.cancelled() or future.exception() is not None)
+
+
+def _interrupted(future: Future[Echo]) -> bool:
+    return future.done() and isinstance(future.exception(), Interrupted)
 
 
 def _outcome(future: Future[Echo], version: WeightVersion, deadline_s: float) -> Echo | BaseException:

@@ -40,7 +40,9 @@ class ObjectStoreTransport(WeightTransport):
         self._bucket_bytes = bucket_bytes
 
     @contextmanager
-    def publish(self, state: Mapping[str, torch.Tensor]) -> Iterator[ObjectStorePayload]:
+    def publish(
+        self, state: Mapping[str, torch.Tensor], num_receivers: int, limit_s: float
+    ) -> Iterator[ObjectStorePayload]:
         import ray
 
         parts = []

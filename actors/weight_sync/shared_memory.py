@@ -99,7 +99,9 @@ class SharedMemoryTransport(WeightTransport):
         self._in_use: dict[Layout, _Memory] = {}
 
     @contextmanager
-    def publish(self, state: Mapping[str, torch.Tensor]) -> Iterator[SharedMemoryPayload]:
+    def publish(
+        self, state: Mapping[str, torch.Tensor], num_receivers: int, limit_s: float
+    ) -> Iterator[SharedMemoryPayload]:
         kept, self._kept, self._in_use = self._kept, {}, {}
         try:
             regions = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,15 +70,26 @@ def load_state(
     Raises:
         CheckpointError: names the missing, surplus, or wrongly shaped tensors as the files spell them.
     """
+    return dict(read_state(folder, config, dtype))
+
+
+def read_state(
+    folder: Path, config: ModelConfig, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `load_state`, one tensor of the transformer at a time, each as soon as all of it is read: for whoever keeps a
+    part of each only."""
     files = ShardedTensors(folder)
     pieces = _checked_pieces(files, config)
+    left = Counter(piece.target for parts in pieces.values() for piece in parts)
     state: dict[str, torch.Tensor] = {}
     shapes = own_shapes(config)
     for name, tensor in files.read():
         for piece in pieces[name]:
             wanted = tensor.dtype if dtype is None or piece.target.endswith(ROUTER_BIAS) else dtype
             _place(state, piece, tensor, wanted, shapes[piece.target], files.where)
-    return state
+            left[piece.target] -= 1
+            if not left[piece.target]:
+                yield piece.target, state.pop(piece.target)
 
 
 def check_weights(folder: Path, config: ModelConfig) -> ShardedTensors:

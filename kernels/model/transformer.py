@@ -7,7 +7,7 @@ weights' arithmetic is written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -185,18 +185,9 @@ class Transformer(nn.Module):
 
     def initialise(self, seed: int) -> None:
         """Fresh weights from a generator of its own: normal(0, 0.02), output projections scaled by depth; biases 0."""
-        generator = torch.Generator().manual_seed(seed)
-        depth_scale = (2 * len(self.layers)) ** -0.5
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith(".bias"):
-                    parameter.zero_()
-                if parameter.dim() < 2:
-                    continue
-                std = 0.02 * (depth_scale if name.endswith(_OUTPUT_PROJECTIONS) else 1.0)
-                if not name.startswith("embed"):
-                    std = max(std, parameter.shape[-1] ** -0.5 * (depth_scale if std < 0.02 else 1.0))
-                parameter.normal_(0.0, std, generator=generator)
+            for name, values in fresh_weights(self.config, seed):
+                self.get_parameter(name).copy_(values)
 
 
 def masked_attention(visible: torch.Tensor) -> Attention:
@@ -208,3 +199,20 @@ def masked_attention(visible: torch.Tensor) -> Attention:
         return attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, visible)
 
     return attention
+
+
+def fresh_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `Transformer.initialise` sets, float32, one tensor at a time; the scales of norms stay as they are built."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    depth_scale = (2 * config.num_hidden_layers) ** -0.5
+    for name, shape in shapes.items():
+        if name.endswith(".bias"):
+            yield name, torch.zeros(shape)
+        if len(shape) < 2:
+            continue
+        std = 0.02 * (depth_scale if name.endswith(_OUTPUT_PROJECTIONS) else 1.0)
+        if not name.startswith("embed"):
+            std = max(std, shape[-1] ** -0.5 * (depth_scale if std < 0.02 else 1.0))
+        yield name, torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.actors.receivers import ReceiverProcess
 
-from fewstep.actors.weight_sync.base import ChecksumMismatch, Echo, Payload
+from fewstep.actors.weight_sync.base import ChecksumMismatch, Echo, Interrupted, Payload, WeightTransport
+from fewstep.actors.weight_sync.broadcast import BroadcastTransport
 from fewstep.actors.weight_sync.layout import Layout, buckets, packed_bytes
 from fewstep.actors.weight_sync.shared_memory import SharedMemoryTransport
 from fewstep.kernels.model.checkpoint import state_checksum
 from fewstep.platform.records import WeightVersion
+
+MAKERS = {
+    "shared_memory": SharedMemoryTransport,
+    "broadcast": lambda size: BroadcastTransport(bucket_bytes=size),
+}
 
 
 def some_state(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -43,17 +51,35 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+@pytest.fixture(params=sorted(MAKERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def transport(kind: str) -> Iterator[WeightTransport]:
+    made = MAKERS[kind](2**20)
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("bucket_bytes", [1, 200, 2**20])
-def test_every_byte_arrives(threads: ThreadPoolExecutor, dtype: torch.dtype, bucket_bytes: int) -> None:
-    state = some_state(dtype=dtype)
-    version = version_of(state)
-    transport = SharedMemoryTransport(bucket_bytes)
-    receipt = transport.send(state, version, {"a": lambda p, v: threads.submit(read, p, v)})
-    assert receipt.failures == {}
-    assert receipt.echoes == {"a": Echo(version, version.checksum)}
-    assert receipt.num_bytes == packed_bytes(state)
-    assert receipt.num_calls == 1  # whatever the number of tensors and buckets
+def test_every_byte_arrives(
+    threads: ThreadPoolExecutor, kind: str, dtype: torch.dtype, bucket_bytes: int
+) -> None:
+    transport = MAKERS[kind](bucket_bytes)
+    for step in range(2):  # what is kept from the first push must not spoil the second
+        state = some_state(step, dtype)
+        version = version_of(state, step)
+        receipt = transport.send(
+            state, version, dict.fromkeys("abc", lambda p, v: threads.submit(read, p, v)), deadline_s=60.0
+        )
+        assert receipt.failures == {}
+        assert receipt.echoes == dict.fromkeys("abc", Echo(version, version.checksum))
+        assert receipt.num_bytes == packed_bytes(state)
+        assert receipt.num_calls == 3  # one a receiver, whatever the number of tensors and buckets
+    transport.close()
 
 
 @given(st.lists(st.integers(1, 400), max_size=12), st.integers(1, 2000))
@@ -76,7 +102,7 @@ def test_another_process_reads_the_bytes(tmp_path: Path) -> None:
         "payload = pickle.load(open(sys.argv[1], 'rb'))\n"
         "with payload.open() as state: print(state_checksum(state))\n"
     )
-    with SharedMemoryTransport().publish(state) as payload:
+    with SharedMemoryTransport().publish(state, 1, 30.0) as payload:
         (tmp_path / "payload").write_bytes(pickle.dumps(payload))
         command = [sys.executable, "-c", script, str(tmp_path / "payload")]
         first = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -88,7 +114,7 @@ def test_another_process_reads_the_bytes(tmp_path: Path) -> None:
 
 def test_a_late_receiver_never_reads_a_reused_descriptor(tmp_path: Path) -> None:
     state = some_state()
-    with SharedMemoryTransport().publish(state) as payload:
+    with SharedMemoryTransport().publish(state, 1, 30.0) as payload:
         pass
     other = tmp_path / "other"
     other.write_bytes(b"x" * 10_000)
@@ -106,7 +132,7 @@ def test_a_late_receiver_never_reads_a_reused_descriptor(tmp_path: Path) -> None
 
 def test_a_receiver_cannot_change_the_senders_bytes(threads: ThreadPoolExecutor) -> None:
     state = some_state()
-    with SharedMemoryTransport().publish(state) as payload:
+    with SharedMemoryTransport().publish(state, 1, 30.0) as payload:
         with payload.open() as first:
             for tensor in first.values():
                 tensor.zero_()
@@ -153,7 +179,9 @@ def test_memory_serves_the_next_push_only_when_nobody_can_still_read_it(threads:
     transport.close()
 
 
-def test_a_wrong_echo_a_death_and_a_hang_do_not_spoil_the_rest(threads: ThreadPoolExecutor) -> None:
+def test_a_wrong_echo_a_death_and_a_hang_do_not_spoil_the_rest(
+    threads: ThreadPoolExecutor, transport: WeightTransport
+) -> None:
     state = some_state()
     version = version_of(state)
 
@@ -177,8 +205,8 @@ def test_a_wrong_echo_a_death_and_a_hang_do_not_spoil_the_rest(threads: ThreadPo
         "good": lambda p, v: threads.submit(read, p, v),
     }
     started = time.monotonic()
-    receipt = SharedMemoryTransport().send(state, version, receivers, deadline_s=0.5)
-    assert time.monotonic() - started < 5
+    receipt = transport.send(state, version, receivers, deadline_s=3.0)
+    assert time.monotonic() - started < 50
     assert list(receipt.echoes) == ["good"]
     assert {name: type(error) for name, error in receipt.failures.items()} == {
         "hung": TimeoutError,
@@ -188,7 +216,50 @@ def test_a_wrong_echo_a_death_and_a_hang_do_not_spoil_the_rest(threads: ThreadPo
     }
 
 
-def test_push_ids_differ(threads: ThreadPoolExecutor) -> None:
-    transport, state = SharedMemoryTransport(), some_state()
+def test_push_ids_differ(transport: WeightTransport) -> None:
+    state = some_state()
     ids = {transport.send(state, version_of(state), {}).push_id for _ in range(3)}
     assert len(ids) == 3
+
+
+def test_a_broadcast_goes_on_without_receivers_that_die_or_hang_and_takes_new_ones_in() -> None:
+    """Real processes. Each push takes its time only from the deadline, which is far away."""
+    receivers = {
+        name: ReceiverProcess(dies_in_push=2 if name == "mortal" else 0) for name in ("mortal", "a", "b")
+    }
+    transport = BroadcastTransport(bucket_bytes=2**12)
+    state = {f"t{index}": torch.full((4096,), float(index)) for index in range(20)}
+
+    def push(step: int, deadline_s: float = 60.0) -> tuple[set[str], dict[str, BaseException], int]:
+        receipt = transport.send(state, version_of(state, step), receivers, deadline_s=deadline_s)
+        return set(receipt.echoes), dict(receipt.failures), receipt.num_calls
+
+    try:
+        assert push(1) == ({"mortal", "a", "b"}, {}, 3)
+        started = time.monotonic()
+        proved, failures, num_calls = push(2)
+        assert time.monotonic() - started < 30  # found out, not waited for
+        assert proved == {"a", "b"}
+        assert list(failures) == ["mortal"]
+        assert num_calls in (4, 5)  # who was broken off is asked again; one may have had all of it
+        receivers.pop("mortal").close()
+        assert push(3) == ({"a", "b"}, {}, 2)
+        receivers["new"] = ReceiverProcess()
+        assert push(4) == ({"a", "b", "new"}, {}, 3)
+        os.kill(receivers["a"].process.pid or 0, signal.SIGSTOP)
+        proved, failures, _ = push(5, deadline_s=10.0)
+        assert proved == {"b", "new"}
+        assert isinstance(failures["a"], TimeoutError)
+    finally:
+        transport.close()
+        for receiver in receivers.values():
+            receiver.close()
+
+
+def test_whoever_comes_late_to_a_broadcast_reads_no_other_bytes() -> None:
+    transport, state = BroadcastTransport(), some_state()
+    with transport.publish(state, 0, 5.0) as payload:
+        pass
+    with pytest.raises(Interrupted, match="without this receiver"), payload.open():
+        pytest.fail("the block must not run")
+    transport.close()

@@ -257,7 +257,7 @@ def test_a_replica_that_fails_the_checksum_does_not_serve(
     with TamperedPool(folder, 2, run_id="test", settings=QUICK) as pool, ExitStack() as stack:
         bent = weights(1)
         bent["norm.weight"][0] += 1e-6
-        pool.wrong = stack.enter_context(SharedMemoryTransport().publish(bent))
+        pool.wrong = stack.enter_context(SharedMemoryTransport().publish(bent, 1, 60.0))
         receipt = pool.push(weights(1), version_of(weights(1), 1))
         assert list(receipt.echoes) == ["replica-0"]
         assert isinstance(receipt.failures["replica-1"], ChecksumMismatch)
@@ -284,6 +284,26 @@ def test_the_object_store_transport(
         state = weights(1)
         receipt = pool.push(state, version_of(state, 1))
         assert (receipt.transport, receipt.failures) == ("object_store", {})
+        assert_same(pool.generate(requests(48)), expected[1])
+
+
+def test_a_broadcast_goes_on_without_the_dead_and_takes_the_replacement_in(
+    session: None, folder: Path, expected: dict[int, list[Trajectory]]
+) -> None:
+    settings = ReplicaSettings(transport="broadcast", min_chunk=4, num_cpus=0.5)
+    with ReplicaPool(folder, 2, run_id="test", settings=settings) as pool:
+        state = weights(1)
+        receipt = pool.push(state, version_of(state, 1))
+        assert (receipt.transport, receipt.num_calls, receipt.failures) == ("broadcast", 2, {})
+        assert_same(pool.generate(requests(48)), expected[1])
+        os.kill(pool.stats()["replica-1"].pid, signal.SIGKILL)
+        receipt = pool.push(state, version_of(state, 2))
+        assert list(receipt.echoes) == ["replica-0"]
+        assert list(receipt.failures) == ["replica-1"]
+        assert receipt.seconds < settings.push_deadline_s / 2
+        pool.wait_started()
+        receipt = pool.push(state, version_of(state, 3))
+        assert sorted(receipt.echoes) == ["replica-0", "replica-1"]
         assert_same(pool.generate(requests(48)), expected[1])
 
 

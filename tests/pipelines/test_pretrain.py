@@ -27,7 +27,7 @@ SMALL = PretrainConfig(
     phases=(Phase(block_size=1, share=0.5), Phase(block_size=8, share=0.5)),
     size=ModelSize(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                     intermediate_size=48, max_position_embeddings=128, block_size=8),
-    trainer={"ema_decay": 0.9},
+    trainer={"ema_decay": 0.9, "zero_stage": 2},
 )  # fmt: skip
 
 
@@ -76,10 +76,13 @@ def test_edits_add_a_state_without_masks() -> None:
 
 
 @pytest.mark.ray
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    """The checkpoint of step 3 is left by the first run; a second start must go on from it, bit for bit."""
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint of step 3 is left by the first run; a second start must go on from it, bit for bit, and a third one
+    with two ranks instead of one as nearly as sums in another order allow."""
     config = SMALL.model_copy(update={"out": tmp_path / "run"})
-    with ray_session(num_cpus=1):
+    with ray_session(num_cpus=2):
         run(config)
         whole, _ = load_model(config.out / "model")
         shutil.rmtree(config.out / "model")
@@ -87,8 +90,15 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path)
         resumed, _ = load_model(config.out / "model")
         with pytest.raises(ConfigError, match="another configuration"):
             run(config.model_copy(update={"batch_size": 5}))
+        shutil.rmtree(config.out / "model")
+        capsys.readouterr()
+        run(config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_ranks": 2})}))
+        said = capsys.readouterr().out
+        by_two, _ = load_model(config.out / "model")
+    assert "checkpoint of 1 trainer ranks, converted for 2\nresumed at step 3\n" in said
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+        torch.testing.assert_close(by_two.state_dict()[name], tensor, atol=1e-4, rtol=0, msg=name)
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     # The last step is an edited one; its levels are what the whole is made of.
