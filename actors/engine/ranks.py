@@ -14,13 +14,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from fewstep.actors.engine.rendezvous import Rendezvous
 from fewstep.platform.errors import ActorDied
 
 _logger = logging.getLogger(__name__)
@@ -37,23 +38,6 @@ _MEETING = timedelta(seconds=180)
 _NO_DEADLINE = timedelta(days=3650)
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the ranks of one model meet.
-
-    Attributes:
-        address, port: of the store that introduces them; a loopback address where all are on one host.
-        name: tells models apart that share a store.
-        deadline_s: a rank that has not answered within it is lost.
-    """
-
-    address: str
-    port: int
-    num_ranks: int
-    name: str
-    deadline_s: float
-
-
 class MeetingPoint:
     """The store that introduces ranks; it lives in the process that starts them, for as long as they do.
 
@@ -64,7 +48,7 @@ class MeetingPoint:
     def __init__(self, address: str) -> None:
         listener = socket.create_server((address, 0))
         self.address, self.port = address, int(listener.getsockname()[1])
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             address, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
@@ -93,8 +77,8 @@ class Ranks:
         self._turn = threading.RLock()
         self._closing = threading.Event()
         try:
-            store = dist.TCPStore(place.address, place.port, is_master=False, timeout=_MEETING)
-            self._store: Any = dist.PrefixStore(place.name, store)
+            store = TCPStore(place.address, place.port, is_master=False, timeout=_MEETING)
+            self._store: Any = PrefixStore(place.name, store)
             self._orders = self._gloo("orders")
             self._numbers = self._nccl() if device.type == "cuda" else self._orders
         except (RuntimeError, ValueError) as error:
@@ -192,14 +176,14 @@ class Ranks:
         # Left alone gloo listens on whatever address the host name resolves to, which may be another network's.
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address)]
         options._timeout, options._threads = _MEETING, 2
-        return dist.ProcessGroupGloo(dist.PrefixStore(name, self._store), self.rank, self.num_ranks, options)
+        return dist.ProcessGroupGloo(PrefixStore(name, self._store), self.rank, self.num_ranks, options)
 
     def _nccl(self) -> Any:
         nccl: Any = dist.ProcessGroupNCCL  # type: ignore[attr-defined]  # builds for CUDA have it
         options = nccl.Options()
         options._timeout = self._deadline
         torch.cuda.set_device(self.device)
-        return nccl(dist.PrefixStore("numbers", self._store), self.rank, self.num_ranks, options)
+        return nccl(PrefixStore("numbers", self._store), self.rank, self.num_ranks, options)
 
     @staticmethod
     def _broadcast(deadline: timedelta) -> Any:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 
 from fewstep.actors.engine.cache import PackedAttention, PageStore, free_bytes
-from fewstep.actors.engine.ranks import CPU, Ranks, Rendezvous
+from fewstep.actors.engine.ranks import CPU, Ranks
+from fewstep.actors.engine.rendezvous import Rendezvous
 from fewstep.actors.engine.step_message import Layout, Reader, Writer, read_layout, write_layout
 from fewstep.kernels.model.checkpoint import load_state, load_tokenizer, state_checksum
 from fewstep.kernels.model.config import ModelConfig
@@ -292,5 +294,5 @@ def _report(ranks: Ranks, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def _each_may_take(reports: list[dict[str, Any]]) -> int:
     """Ranks on one host share its memory."""
-    sharing = [sum(other["memory"] == report["memory"] for other in reports) for report in reports]
-    return min(int(report["free_bytes"]) // count for report, count in zip(reports, sharing, strict=True))
+    sharing = Counter(str(report["memory"]) for report in reports)
+    return min(int(report["free_bytes"]) // sharing[str(report["memory"])] for report in reports)

@@ -10,7 +10,8 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from fewstep.actors.engine.ranks import MeetingPoint, Ranks, Rendezvous
+from fewstep.actors.engine.ranks import MeetingPoint, Ranks
+from fewstep.actors.engine.rendezvous import Rendezvous
 from fewstep.actors.engine.sharded_model import end, follow
 
 
