@@ -71,9 +71,9 @@ class Engine:
         self.forwards = self.committed_tokens = self.rows = 0
         self._drift_sum, self._drift_count = 0.0, 0
         weight = model.head_weight
-        num_pages = num_pages_for(self.config, weight.dtype, weight.device, max_sequences, memory_bytes)
-        self._page_bytes = page_bytes(self.config, weight.dtype)
-        self._store = PageStore(self.config, num_pages, weight.dtype, weight.device)
+        num_pages = num_pages_for(self.model.held, weight.dtype, weight.device, max_sequences, memory_bytes)
+        self._page_bytes = page_bytes(self.model.held, weight.dtype)
+        self._store = PageStore(self.model.held, num_pages, weight.dtype, weight.device)
         self._pool = PagePool(num_pages, prefix_cache and self.config.attention_kind == "block_causal")
         self._canvases = Canvases(self.config, max_sequences, self._store, weight.device)
         capture = weight.device.type == "cuda" and self.config.moe is None and self.model.alone

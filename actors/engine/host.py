@@ -13,6 +13,7 @@ import torch
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request, Update
+from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.errors import ActorDied, CheckpointError, RequestError
 from fewstep.platform.records import WeightVersion
 
@@ -63,6 +64,11 @@ class EngineHost:
         self._death: ActorDied | None = None
         self._thread = threading.Thread(target=self._run, name="fewstep-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def model(self) -> Transformer:
+        """The engine's; for reading what it is, not for running it."""
+        return self._engine.model
 
     @property
     def healthy(self) -> bool:

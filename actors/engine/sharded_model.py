@@ -51,7 +51,7 @@ class StagedWeights(dict[str, torch.Tensor]):
 
 
 class ShardedTransformer(LeadingShard):
-    """Rank 0's end of a sharded model; `config` is of its share, whose key and value heads its pages hold.
+    """Rank 0's end of a sharded model.
 
     Args:
         whole: the model's configuration; number: what the other ranks know it by.

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.host import EngineHost
-from fewstep.actors.engine.request import Request
+from fewstep.actors.engine.rendezvous import Rendezvous
+from fewstep.actors.engine.sharded_model import ShardedTransformer
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.service import CompletionService, Origin, ServedModel, created_of
+from fewstep.actors.serving.sharded_weights import open_sharded, proved_sharded
+from fewstep.actors.serving.trial import require_text, torch_dtype, version_of
 from fewstep.kernels.model.checkpoint import load_model, load_state, load_tokenizer, state_checksum
 from fewstep.kernels.model.config import ComputeDtype, ModelConfig
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.platform.errors import CheckpointError, RequestError
+from fewstep.platform.errors import CheckpointError
 from fewstep.platform.records import DecodePolicy, WeightVersion
-
-logger = logging.getLogger(__name__)
 
 
 def load_service(
@@ -32,28 +31,47 @@ def load_service(
     max_sequences: int,
     dtype: ComputeDtype,
     memory_bytes: int | None,
+    place: Rendezvous | None = None,
 ) -> CompletionService:
     """An engine over a model folder, on a thread of its own, behind a service.
 
     Args:
         policy, max_tokens: of requests that do not say; others: as `Engine`'s.
+        place: where the model's ranks meet, of which this process becomes the first; None = it is not sharded.
     Raises:
         CheckpointError: the folder is not a whole model.
     """
     folder = Path(source.folder)
-    model, tokenizer = load_model(folder, torch_dtype(dtype))
-    version = _version_of(source, source.address, state_checksum(model.state_dict()))
-    engine = Engine(
+    opened = open_engine if place is None else partial(open_sharded, place=place)
+    engine = opened(source, max_sequences=max_sequences, dtype=dtype, memory_bytes=memory_bytes)
+    served = ServedModel(
+        source.name,
+        created_of(folder),
+        engine.config,
+        engine.tokenizer,
+        ChatTemplate(folder),
+        policy,
+        max_tokens,
+    )
+    return CompletionService(EngineHost(engine), served, Origin(source.address or source.folder))
+
+
+def open_engine(
+    source: ModelSource, *, max_sequences: int, dtype: ComputeDtype, memory_bytes: int | None
+) -> Engine:
+    """An engine over the whole model in this process.
+
+    Raises:
+        CheckpointError: the folder is not a whole model.
+    """
+    model, tokenizer = load_model(Path(source.folder), torch_dtype(dtype))
+    return Engine(
         model,
         tokenizer,
         max_sequences=max_sequences,
-        weight_version=version,
+        weight_version=version_of(source, source.address, state_checksum(model.state_dict())),
         memory_bytes=memory_bytes,
     )
-    served = ServedModel(
-        source.name, created_of(folder), model.config, tokenizer, ChatTemplate(folder), policy, max_tokens
-    )
-    return CompletionService(EngineHost(engine), served, Origin(source.address or source.folder))
 
 
 def proved_weights(
@@ -72,36 +90,13 @@ def proved_weights(
     tokenizer = load_tokenizer(folder, config)
     if tokenizer.to_str() != service.model.tokenizer.to_str():
         raise CheckpointError(address, "another tokenizer", "that of the model served", "serve it by itself")
+    serving = service.host.model
+    if isinstance(serving, ShardedTransformer):
+        return proved_sharded(serving, source, address, folder, dtype)
     state = load_state(folder, config, torch_dtype(dtype))
-    _require_text(address, config, tokenizer, state)
-    return state, _version_of(source, address, state_checksum(state))
-
-
-def torch_dtype(dtype: ComputeDtype) -> torch.dtype | None:
-    """None = as the checkpoint has it."""
-    if dtype == "saved":
-        return None
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
-def _require_text(
-    address: str, config: ModelConfig, tokenizer: Tokenizer, state: Mapping[str, torch.Tensor]
-) -> None:
     # On the loaded tensors themselves: no second copy, and requests of the serving engine never see them.
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(dict(state), assign=True)
-    engine = Engine(model, tokenizer, max_sequences=1, weight_version=WeightVersion("trial", 0, "0"))
-    trial = Request("trial", (config.eos_token_id,), DecodePolicy(), config.block_size, ignore_eos=True)
-    try:
-        engine.generate([trial])
-    except RequestError as error:
-        raise CheckpointError(
-            address, f"weights that do not generate ({error.got})", "a model", "register a working version"
-        ) from error
-
-
-def _version_of(source: ModelSource, address: str, checksum: str) -> WeightVersion:
-    number = address.rpartition("/")[2]
-    return WeightVersion(source.name, int(number) if number.isdigit() else 0, checksum)
+    model.load_state_dict(state, assign=True)
+    require_text(address, model, tokenizer)
+    return state, version_of(source, address, state_checksum(state))

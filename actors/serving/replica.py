@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -42,12 +42,17 @@ class EngineOptions:
 
     Attributes:
         max_sequences: requests denoised together; more wait in the engine.
-        dtype: to compute in; memory_bytes: for cached keys and values (see `Engine`).
+        dtype: to compute in; memory_bytes: for cached keys and values (see `Engine`), of all ranks together.
+        num_ranks: processes that share each model; one_node: all on one, or wherever there is room.
+        rank_deadline_s: a rank that has not answered within it is lost, and the replica with it.
     """
 
     max_sequences: int = 64
     dtype: ComputeDtype = "saved"
     memory_bytes: int | None = None
+    num_ranks: int = 1
+    one_node: bool = True
+    rank_deadline_s: float = 60.0
 
 
 class ServingReplica:
@@ -58,7 +63,7 @@ class ServingReplica:
         policy: what a request that says nothing is decoded with.
         max_tokens: of one answer when the request does not say.
         engine: how each engine runs.
-        num_threads: of torch.
+        num_cpus: logical CPUs of each rank, and torch's threads, at least one.
         alias_poll_s: seconds between two looks at an alias.
         desk: who is let in, and what is written down.
         listen: host and port to listen on in this process; None = requests come through Serve's proxy.
@@ -70,7 +75,7 @@ class ServingReplica:
         policy: DecodePolicy,
         max_tokens: int,
         engine: EngineOptions,
-        num_threads: int,
+        num_cpus: float,
         alias_poll_s: float,
         desk: DeskOptions,
         listen: tuple[str, int] | None = None,
@@ -78,16 +83,32 @@ class ServingReplica:
         # A Ray worker imports this module before it knows what it is for; torch only where an engine lives.
         import torch
 
+        from fewstep.actors.ranks import RankGroup
         from fewstep.actors.serving.alias_follower import AliasFollower
         from fewstep.actors.serving.app import create_app
         from fewstep.actors.serving.desk import Desk
         from fewstep.actors.serving.front import Front
         from fewstep.actors.serving.loading import load_service
 
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(max(1, int(num_cpus)))
         logging.getLogger("fewstep").setLevel(logging.INFO)
-        options = asdict(engine)
-        self._services = [load_service(source, policy, max_tokens, **options) for source in sources]
+        self._ranks = (
+            RankGroup(engine.num_ranks, len(sources), num_cpus, engine.rank_deadline_s)
+            if engine.num_ranks > 1
+            else None
+        )
+        self._services = [
+            load_service(
+                source,
+                policy,
+                max_tokens,
+                max_sequences=engine.max_sequences,
+                dtype=engine.dtype,
+                memory_bytes=engine.memory_bytes,
+                place=None if self._ranks is None else self._ranks.places[index],
+            )
+            for index, source in enumerate(sources)
+        ]
         for source, service in zip(sources, self._services, strict=True):
             if source.alias:
                 AliasFollower(service, source, engine.dtype, alias_poll_s).start()
@@ -133,6 +154,8 @@ class ServingReplica:
 
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
+        if self._ranks is not None:
+            self._ranks.check()
         if not all(service.host.healthy for service in self._services):
             raise ActorDied("engine", "its thread has ended")
         if self._front is not None:
@@ -155,7 +178,7 @@ def application(
     """The Ray Serve application of one endpoint.
 
     Args:
-        num_cpus: logical CPUs of each replica, and torch's threads, at least one.
+        num_cpus: logical CPUs of each rank of each replica.
         drain_s: what an ending replica gives the requests it has accepted.
         others: as ServingReplica's.
     """
@@ -168,9 +191,20 @@ def application(
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,
+        **_group(engine, num_cpus),
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(
-        tuple(sources), policy, max_tokens, engine, max(1, int(num_cpus)), alias_poll_s, desk, listen
+        tuple(sources), policy, max_tokens, engine, num_cpus, alias_poll_s, desk, listen
     )
     return bound
+
+
+def _group(engine: EngineOptions, num_cpus: float) -> dict[str, Any]:
+    """A placement group for each replica with other ranks: its own bundle is the first."""
+    if engine.num_ranks == 1:
+        return {}
+    return {
+        "placement_group_bundles": [{"CPU": num_cpus}] * engine.num_ranks,
+        "placement_group_strategy": "STRICT_PACK" if engine.one_node else "PACK",
+    }

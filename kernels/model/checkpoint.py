@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.families import Piece, family_of
 from fewstep.kernels.model.families.names import ROUTER_BIAS
-from fewstep.kernels.model.sharding import WHOLE, Shard, held_by, is_summand_bias, part_of
+from fewstep.kernels.model.sharding import WHOLE, Shard, held_by, is_summand_bias, part_of, require_shardable
 from fewstep.kernels.model.shards import INDEX_FILE, ShardedTensors, write_shards
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.artifacts import atomic_folder
@@ -178,6 +179,24 @@ def own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model, without its memory."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+
+
+def rank_parameters(config: ModelConfig, num_ranks: int, rank: int) -> int:
+    """Parameters that one of several ranks holds.
+
+    Raises:
+        ConfigError: the model cannot be dealt to so many ranks.
+    """
+    require_shardable(config, num_ranks)
+    shard = Shard(rank, num_ranks)
+    return sum(
+        prod(
+            len(range(*part.indices(size)))
+            for part, size in zip(part_of(name, shape, shard), shape, strict=True)
+        )
+        for name, shape in own_shapes(config).items()
+        if held_by(name, shard)
+    )
 
 
 def _pieces_by_source(config: ModelConfig) -> dict[str, list[Piece]]:

@@ -55,10 +55,10 @@ class ShardedLayer(Layer):
 
 
 class LeadingShard(Transformer):
-    """Rank 0's part: embedding, its share of the layers, final norm and head. `config` is of the share.
+    """Rank 0's part: embedding, its share of the layers, final norm and head.
 
     Args:
-        whole: the whole model's configuration.
+        whole: the model's configuration, which stays `config`; that of the share is `held`.
     Raises:
         ConfigError: the model cannot be dealt to so many ranks.
     """
@@ -66,9 +66,15 @@ class LeadingShard(Transformer):
     alone = False
 
     def __init__(self, whole: ModelConfig, num_ranks: int, total: Sum) -> None:
-        super().__init__(shard_config(whole, num_ranks))
-        self.whole = whole
-        self.layers = _layers(self.config, total)
+        held = shard_config(whole, num_ranks)
+        super().__init__(held)
+        self.config, self._held = whole, held
+        self.layers = _layers(held, total)
+
+    @property
+    def held(self) -> ModelConfig:
+        """As `Transformer.held`: of this rank's heads and inner columns."""
+        return self._held
 
 
 class FollowingShard(nn.Module):

@@ -165,6 +165,11 @@ class Transformer(nn.Module):
         return self.embed_norm(self.embed_tokens(tokens))  # type: ignore[no-any-return]
 
     @property
+    def held(self) -> ModelConfig:
+        """The configuration of the part whose keys and values this process computes: here, of everything."""
+        return self.config
+
+    @property
     def head_weight(self) -> torch.Tensor:
         """[V, d], the embedding where the head is tied to it."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
