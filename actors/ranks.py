@@ -83,7 +83,7 @@ class RankGroup:
         here = ray.get_runtime_context().get_node_id()
         # Nobody else on the network needs to see ranks that share a host.
         alone = all(node == here for node, _ in hosts)
-        self._meeting = MeetingPoint(_LOOPBACK if alone else ray.util.get_node_ip_address())
+        self._meeting = MeetingPoint(_LOOPBACK if alone else _address_of(ray, here))
         self.places = [
             self._meeting.rendezvous(f"model-{index}", num_ranks, deadline_s) for index in range(num_models)
         ]
@@ -122,6 +122,12 @@ def _in_bundle(group: Any, rank: int) -> dict[str, Any]:
         return {}
     strategies: Any = importlib.import_module("ray.util.scheduling_strategies")
     return {"scheduling_strategy": strategies.PlacementGroupSchedulingStrategy(group, rank)}
+
+
+def _address_of(ray: Any, node_id: str) -> str:
+    """As the cluster knows it; asked for the process's own, Ray would look for a way to the internet."""
+    found: str = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    return found
 
 
 def _words(error: BaseException) -> str:
