@@ -85,8 +85,9 @@ class Ranks:
             raise ActorDied(
                 f"the meeting of {place.num_ranks} ranks at {place.address}:{place.port}", _first_line(error)
             ) from error
+        self._beating = threading.Thread(target=self._beat, name="fewstep-rank-beat", daemon=True)
         if rank:
-            threading.Thread(target=self._beat, name="fewstep-rank-beat", daemon=True).start()
+            self._beating.start()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -170,6 +171,8 @@ class Ranks:
     def close(self) -> None:
         """No more signs of life."""
         self._closing.set()
+        if self._beating.is_alive():
+            self._beating.join(2 * _BEAT_S)
 
     def _gloo(self, name: str) -> Any:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
