@@ -65,12 +65,19 @@ def _models(config: ServeConfig) -> list[tuple[str, str]]:
     free = psutil.virtual_memory().available
     lines = [line for own, _ in found for line in own]
     lines += [
-        ("replicas", f"{_replicas(config)} of {config.cpus_per_replica:g} CPUs, each with every model"),
-        ("together", f"{byte_text(num_bytes)} of {byte_text(free)} free, and about 0.5 GiB of libraries a replica"),
+        ("replicas", f"{_replicas(config)} of {_ranks(config)}{config.cpus_per_replica:g} CPUs, each with every model"),
+        ("together", f"{byte_text(num_bytes)} of {byte_text(free)} free, and about 0.5 GiB of libraries a {'replica' if config.tensor_parallel == 1 else 'rank'}"),
     ]  # fmt: skip
     if num_bytes > free:
         lines.append(("warning", "more than is free: fewer replicas, or a smaller cache_gib"))
     return lines
+
+
+def _ranks(config: ServeConfig) -> str:
+    if config.tensor_parallel == 1:
+        return ""
+    where = "on one node" if config.ranks_on == "one_node" else "on any nodes"
+    return f"{config.tensor_parallel} ranks {where}, each of "
 
 
 def _model(config: ServeConfig, folder: Path, name: str) -> tuple[list[tuple[str, str]], int]:
@@ -78,6 +85,7 @@ def _model(config: ServeConfig, folder: Path, name: str) -> tuple[list[tuple[str
     import torch
 
     from fewstep.actors.engine.cache import num_pages_for, page_bytes
+    from fewstep.kernels.model.checkpoint import rank_parameters
     from fewstep.kernels.model.config import ModelConfig
 
     report, model = inspect_model(folder), ModelConfig.load(folder)
@@ -87,8 +95,19 @@ def _model(config: ServeConfig, folder: Path, name: str) -> tuple[list[tuple[str
     torch_dtype = getattr(torch, dtype)
     pages = num_pages_for(model, torch_dtype, torch.device("cpu"), config.max_sequences, config.cache_bytes)
     weights, cache = report.weight_bytes.get(dtype, report.file_bytes), pages * page_bytes(model, torch_dtype)
+    itemsize = weights // report.parameters
+    first, other = (rank_parameters(model, config.tensor_parallel, rank) * itemsize for rank in (0, 1))
+    weights = first + (config.tensor_parallel - 1) * other
     lines = [
         ("model", f"{name}, {folder}: {report.family}, {report.parameters:,} parameters, {dtype}"),
         ("memory", f"a replica: {byte_text(weights)} of weights, {byte_text(cache)} for {pages:,} pages of keys and values"),
     ]  # fmt: skip
+    if config.tensor_parallel > 1:
+        share = byte_text(cache // config.tensor_parallel)
+        lines.append(
+            (
+                "ranks",
+                f"{config.tensor_parallel}: {byte_text(first)} of weights on the first, {byte_text(other)} on each other, {share} of keys and values on each",
+            )
+        )
     return lines, weights + cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -46,7 +47,7 @@ class ServingReplica:
         policy: what a request that says nothing is decoded with.
         max_tokens: of one answer when the request does not say.
         engine: how each engine runs.
-        num_threads: of torch in each engine's process.
+        num_cpus: logical CPUs of each rank, and torch's threads in each engine's process, at least one.
         alias_poll_s: seconds between two looks at an alias.
         desk: who is let in, and what is written down.
         listen: host and port to listen on in this process; None = requests come through Serve's proxy.
@@ -58,12 +59,13 @@ class ServingReplica:
         policy: DecodePolicy,
         max_tokens: int,
         engine: EngineOptions,
-        num_threads: int,
+        num_cpus: float,
         alias_poll_s: float,
         desk: DeskOptions,
         listen: tuple[str, int] | None = None,
     ) -> None:
         # A Ray worker imports this module before it knows what it is for.
+        from fewstep.actors.ranks import RankGroup
         from fewstep.actors.serving.alias_follower import AliasFollower
         from fewstep.actors.serving.app import create_app
         from fewstep.actors.serving.desk import Desk
@@ -71,10 +73,19 @@ class ServingReplica:
         from fewstep.actors.serving.loading import load_service
 
         logging.getLogger("fewstep").setLevel(logging.INFO)
+        self._ranks = (
+            RankGroup(engine.num_ranks, len(sources), num_cpus, engine.rank_deadline_s)
+            if engine.num_ranks > 1
+            else None
+        )
         self._services: list[CompletionService] = []
         try:
-            for source in sources:
-                self._services.append(load_service(source, policy, max_tokens, engine, num_threads))
+            for index, source in enumerate(sources):
+                place = None if self._ranks is None else self._ranks.places[index]
+                options = replace(engine, place=place)
+                self._services.append(
+                    load_service(source, policy, max_tokens, options, max(1, int(num_cpus)))
+                )
         except BaseException:
             self._close_engines()
             raise
@@ -140,6 +151,8 @@ class ServingReplica:
 
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
+        if self._ranks is not None:
+            self._ranks.check()
         for service in self._services:
             if service.host.death is not None:
                 raise service.host.death
@@ -165,7 +178,7 @@ def application(
     """The Ray Serve application of one endpoint.
 
     Args:
-        num_cpus: logical CPUs of each replica, and torch's threads, at least one.
+        num_cpus: logical CPUs of each rank of each replica.
         drain_s: what an ending replica gives the requests it has accepted.
         scaling, routing: how many replicas, in place of `num_replicas`, and which one a request goes to.
         others: as ServingReplica's.
@@ -180,9 +193,20 @@ def application(
         health_check_period_s=2.0,
         # A prompt's home may have as much more to do as a replica is meant to have.
         **deployment_options(num_replicas, scaling, routing, slack_s=scaling.backlog_s),
+        **_group(engine, num_cpus),
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(
-        tuple(sources), policy, max_tokens, engine, max(1, int(num_cpus)), alias_poll_s, desk, listen
+        tuple(sources), policy, max_tokens, engine, num_cpus, alias_poll_s, desk, listen
     )
     return bound
+
+
+def _group(engine: EngineOptions, num_cpus: float) -> dict[str, Any]:
+    """A placement group for each replica with other ranks: its own bundle is the first."""
+    if engine.num_ranks == 1:
+        return {}
+    return {
+        "placement_group_bundles": [{"CPU": num_cpus}] * engine.num_ranks,
+        "placement_group_strategy": "STRICT_PACK" if engine.one_node else "PACK",
+    }
