@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from fewstep.actors.engine.request import Request
 from fewstep.actors.engine.text import TextStream
+from fewstep.kernels.model.tokenizer_file import read_tokenizer
 from fewstep.platform.errors import CheckpointError, RequestError, ResourceError
 from fewstep.platform.records import FinishReason, Trajectory
 from fewstep.platform.rng import generator
@@ -37,7 +38,7 @@ class AutoregressiveModel:
 
     def __init__(self, folder: Path, max_sequences: int = 48) -> None:
         self._max_sequences = max_sequences
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = read_tokenizer(folder)
         self._model = _load(folder)
         self.context_tokens = int(
             getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30)
@@ -172,17 +173,6 @@ def _stop(sequences: Sequence[_Sequence]) -> Callable[..., torch.Tensor]:
         return torch.tensor([sequence.done for sequence in sequences], device=ids.device)
 
     return stop
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Raises CheckpointError when there is no readable tokenizer.json."""
-    path = Path(folder) / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises its bare Exception
-        raise CheckpointError(
-            str(path), error, "a tokenizer of the model", "copy it beside the weights"
-        ) from error
 
 
 def _transformers() -> Any:

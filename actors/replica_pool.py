@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 import torch
 
+from fewstep.actors.deaths import cause_of_death
 from fewstep.actors.dispatch import Dispatch
 from fewstep.actors.engine.request import Request
 from fewstep.actors.fleet import Fleet, State
@@ -336,7 +337,7 @@ class ReplicaPool:
     def _bury(self, name: str, error: BaseException) -> None:
         """Note a death and its cause, and make sure of it."""
         if self.fleet.state(name) not in (State.DEAD, State.RETIRED):
-            cause = _last_words(error)
+            cause = cause_of_death(error)
             self.fleet.died(name, cause)
             pid = self._stats[name].pid if name in self._stats else 0
             _log.warning("%s (pid %d) died: %s", name, pid, cause)
@@ -356,10 +357,3 @@ class ReplicaPool:
                 self._spawn(name)
             else:
                 _log.error("%s died %d times and is retired", name, self.settings.max_restarts + 1)
-
-
-def _last_words(error: BaseException) -> str:
-    """Ray's account of a death in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    words = " ".join(lines) or type(error).__name__
-    return words if len(words) <= 700 else f"{words[:300]} ... {words[-400:]}"

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, Self
 
+from fewstep.actors.deaths import cause_of_death
 from fewstep.actors.judges import Judge, JudgeChoice, Tests
 from fewstep.actors.placement import on_node, require_room
 from fewstep.actors.sandbox.sandbox import Limits, Sandbox, require_layers
@@ -218,7 +219,7 @@ class VerifierPool:
                 [worker.describe.remote() for worker in self._workers], timeout=_START_SECONDS
             )
         except (self._ray.exceptions.RayError, TimeoutError) as error:
-            raise ActorDied("verifier", str(error)) from error
+            raise ActorDied("verifier", cause_of_death(error)) from error
         return list(found)
 
     def verify(self, answers: Sequence[Answer]) -> list[Verdict]:
@@ -244,7 +245,9 @@ class VerifierPool:
                 verdicts[start] = self._ray.get(done)
             except self._ray.exceptions.RayActorError as error:
                 if tries == _TRIES_PER_CHUNK:
-                    raise ActorDied("verifier", f"{tries} times on the same answers: {error}") from error
+                    raise ActorDied(
+                        "verifier", f"{tries} times on the same answers: {cause_of_death(error)}"
+                    ) from error
                 self._replace(worker, error)
                 waiting.appendleft((start, tries + 1))
             idle.append(worker)
@@ -261,14 +264,14 @@ class VerifierPool:
                 [worker.missing.remote(list(languages)) for worker in self._workers], timeout=_START_SECONDS
             )
         except (self._ray.exceptions.RayError, TimeoutError) as error:
-            raise ActorDied("verifier", str(error)) from error
+            raise ActorDied("verifier", cause_of_death(error)) from error
         return {language: reason for reasons in found for language, reason in reasons.items()}
 
     def _spawn(self, worker: int) -> Any:
         return self._actor.options(**on_node(self._node_ids[worker])).remote(*self._arguments)
 
     def _replace(self, worker: int, cause: Exception) -> None:
-        _log.warning("verifier %d died and is replaced: %s", worker, str(cause).strip().splitlines()[0])
+        _log.warning("verifier %d died and is replaced: %s", worker, cause_of_death(cause))
         self._workers[worker] = self._spawn(worker)
         self.replaced += 1
 

@@ -39,7 +39,7 @@ PHASES = ((CALM, 30.0), (HIGH, 45.0), (CALM, 60.0))
 SHORT, LONG = 32, 384  # tokens of an answer, in the mean
 LONG_SHARES = {"short answers": 0.0, "long answers among them": 0.4}
 # Requests a replica: half its slots, all of them, twice as many. Seconds of work: of a full batch.
-TARGETS: dict[Signal, tuple[float, ...]] = {"requests": (8.0, 16.0, 32.0), "work": (0.25, 0.5, 1.0)}
+TARGETS: dict[Signal, tuple[float, ...]] = {"requests": (8.0, 16.0, 32.0), "work": (0.25, 0.5, 1.0, 2.0)}
 
 
 def answers(long_share: float) -> AnswerSource:
@@ -62,7 +62,7 @@ def measure(kind: str, scaling: Scaling, seed: int) -> dict[str, Any]:
     assert len(run.latencies_s) == len(jobs)
     return {
         "load": kind, "signal": scaling.signal, "target": scaling.target, "seed": seed, "requests": len(jobs),
-        "wait_p50_s": fleet.scaled.wait_s(50), "wait_p95_s": fleet.scaled.wait_s(95),
+        "wait_p50_s": run.wait_s(50), "wait_p95_s": run.wait_s(95),
         "latency_p50_s": run.latency_s(50), "latency_p95_s": run.latency_s(95),
         "replica_seconds": fleet.scaled.replica_seconds, "most_replicas": fleet.scaled.most_replicas,
     }  # fmt: skip
@@ -106,7 +106,7 @@ def main() -> None:
     settings = {
         "device": DEVICE.name, "model": PlanConfig().model.name, "slots": SLOTS, "most_replicas": MOST,
         "phases": [{"requests_per_s": rate, "seconds": seconds} for rate, seconds in PHASES],
-        "answer_tokens": [SHORT, LONG], "long_shares": LONG_SHARES, "scaling": asdict(Scaling("work", 0.0)), "seeds": asked.seeds,
+        "answer_tokens": [SHORT, LONG], "long_shares": LONG_SHARES, "scaling": {key: value for key, value in asdict(Scaling("work", 0.0)).items() if key not in ("signal", "target")}, "seeds": asked.seeds,
     }  # fmt: skip
     result = {
         "unit": "simulated seconds", "settings": settings, "rows": rows,

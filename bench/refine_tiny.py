@@ -99,7 +99,9 @@ def main() -> int:
 
 
 def keep(result: dict[str, Any], path: Path) -> None:
-    atomic_write_text(path, json.dumps(result, indent=2) + "\n")
+    # Paths of this machine say nothing elsewhere.
+    text = json.dumps(result, indent=2).replace(f"{ROOT}/", "")
+    atomic_write_text(path, text + "\n")
 
 
 def refined(folder: Path, keys: Sequence[str]) -> Path:

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fewstep.cluster.session_guard import guarded
 from fewstep.platform.errors import ResourceError
 from fewstep.platform.ports import address_towards
 
@@ -83,8 +84,7 @@ def ray_session(
 
     A SIGTERM inside the block is a KeyboardInterrupt there and leaves it as SystemExit(143), so the block's own
     clean-up runs as with Ctrl-C. After a
-    SIGKILL of this process the kernel ends Ray's servers and workers; Ray's two agents follow within a minute,
-    and the temporary folder stays.
+    SIGKILL of this process a guard (session_guard.py) ends what is left of a local Ray and removes its folder.
 
     Args:
         num_cpus: logical CPUs of a local cluster; None = the cores this process may use. Not for a joined one.
@@ -143,8 +143,8 @@ def _check_before_start(need: Mapping[str, float], free: Mapping[str, float]) ->
 @contextmanager
 def _local(cpus: int, object_store_bytes: int, keep_logs: Path | None) -> Iterator[Session]:
     folder = _short_folder()
-    before = set(_children(os.getpid()))
-    with environment_of({**WORKER_ENV, **_RAY_ENV, **_own_token(folder)}):
+    with guarded(folder), environment_of({**WORKER_ENV, **_RAY_ENV, **_own_token(folder)}):
+        before = set(_children(os.getpid()))
         try:
             context = _start_local(cpus, object_store_bytes, folder, before)
             log_folder = Path(context.address_info["session_dir"]) / "logs"

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from fewstep.actors.trainer import Metrics, TrainerGroup
+from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.checkpoint import load_model, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import NO_TARGET, SampleRows
@@ -29,7 +30,7 @@ from fewstep.pipelines.distill_settings import DistillConfig
 from fewstep.pipelines.free_orders import FreeOrders
 from fewstep.pipelines.order_pool import Order, draw_orders, fill_pool, read_pool
 from fewstep.pipelines.pretrain_start import Start, check_data, given_model, job_fingerprint, open_corpus
-from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.progress import read_progress, told_how_to_resume, write_progress
 from fewstep.pipelines.schedule import rate_share
 from fewstep.pipelines.tasks.family import Specification, draw_specification, render_body
 from fewstep.pipelines.tasks.vocabulary import encode_pair
@@ -48,9 +49,13 @@ class Teacher:
     """The model that draws the orders and learns from them, and its texts."""
 
     start: Start
-    folder: Path
     corpus: Corpus | None
     fingerprint: str
+
+    @property
+    def folder(self) -> Path:
+        assert self.start.source is not None  # a teacher is never fresh
+        return self.start.source
 
     @property
     def model(self) -> ModelConfig:
@@ -85,7 +90,8 @@ def run(config: DistillConfig) -> None:
             teacher.model, teacher.folder, config.trainer, OBJECTIVE, {"certainty": config.certainty},
             replay=config.out / "diverged-batch.npz",
         )  # fmt: skip
-        with closing(trainer):
+        way_back = told_how_to_resume(config.out / "checkpoint", config.steps, resume=config.resume)
+        with way_back, closing(trainer):
             first = 0
             if saved is not None:
                 first = int(saved["step"])
@@ -114,8 +120,7 @@ def find_teacher(config: DistillConfig) -> Teacher:
             "choose another model",
         )
     check_data(start, corpus, [start.model.block_size], "model")
-    assert start.source is not None
-    return Teacher(start, start.source, corpus, job_fingerprint(config, start, corpus))
+    return Teacher(start, corpus, job_fingerprint(config, start, corpus))
 
 
 def specification_of(config: DistillConfig, number: int) -> Specification:

@@ -19,16 +19,13 @@ from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import Verifier
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.evaluation_settings import EvaluateConfig
-from fewstep.pipelines.frontier import SEQUENTIAL, Generate, answer, refuse_broken
+from fewstep.pipelines.frontier import SEQUENTIAL, Generate, answer
 from fewstep.pipelines.tasks.benchmark import Benchmark, Exclusion
 from fewstep.pipelines.tasks.prepared import Prepared, prompt_tokens
 from fewstep.platform.errors import RequestError
 from fewstep.platform.records import DecodePolicy, Outcome, Rollout, Task
 from fewstep.platform.rng import derive_seed
 from fewstep.platform.trajectories import read_metadata, read_rollouts, write_rollouts
-
-_FORGIVEN = 3
-"""Failures of the verifier that a part is saved with, however small; the whole measurement forgives none."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ def measure_policy(
     Prints how far it is.
 
     Raises:
-        FewstepError: the verifier itself failed on more than `MAX_SANDBOX_ERRORS` of the answers.
+        FewstepError: the verifier itself failed on more than `MAX_SANDBOX_ERRORS` of a part's answers.
     """
     folder = config.out / "trajectories" / subject.slot / benchmark.name / policy.label()
     answers: list[Answer] = []
@@ -187,7 +184,6 @@ def measure_policy(
             f"  {policy.label():<16} {done:>5}/{len(prepared)} tasks  {passed:.3f} passed  {seconds:.1f} s",
             flush=True,
         )
-    refuse_broken([(answer.outcome, answer.detail) for answer in answers], benchmark.name)
     return Measured(policy, answers, seconds)
 
 
@@ -212,11 +208,11 @@ def _answer_part(
     tasks = [item.task for item, _, _ in jobs]
     found = answer(
         tasks, requests, generate, verifier.verify, subject.tokenizer, benchmark.answers,
-        what=benchmark.name, forgiven=_FORGIVEN,
+        what=benchmark.name,
     )  # fmt: skip
     rollouts = [
         Rollout(task.task_id, seed, sample, text, trajectory, verdict, reward=verdict.score)
-        for (_, seed, sample), (task, text, trajectory, verdict) in zip(jobs, found.rows(tasks), strict=True)
+        for (_, seed, sample), (task, text, trajectory, verdict) in zip(jobs, found.rows(), strict=True)
     ]
     facts = {"model": subject.identity, "benchmark": benchmark.name, "digest": benchmark.digest}
     write_rollouts(

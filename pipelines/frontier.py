@@ -22,7 +22,7 @@ from fewstep.actors.engine.text import decode
 from fewstep.pipelines.tasks.answer_format import PLAIN, AnswerFormat
 from fewstep.pipelines.tasks.prepared import Prepared
 from fewstep.platform.errors import FewstepError
-from fewstep.platform.records import DecodePolicy, FrontierPoint, Outcome, Rollout, Task, Trajectory, Verdict
+from fewstep.platform.records import DecodePolicy, FrontierPoint, Rollout, Task, Trajectory, Verdict
 from fewstep.platform.rng import derive_seed
 from fewstep.platform.rollout_trace import EXTRACT, GENERATE, VERIFY, Clock, Window
 
@@ -55,6 +55,7 @@ class Answered:
         windows: when each stage began and ended.
     """
 
+    tasks: Sequence[Task]
     texts: list[str]
     trajectories: list[Trajectory]
     verdicts: list[Verdict]
@@ -65,9 +66,9 @@ class Answered:
         """Of generation."""
         return self.windows[GENERATE].seconds
 
-    def rows(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, str, Trajectory, Verdict]]:
+    def rows(self) -> Iterator[tuple[Task, str, Trajectory, Verdict]]:
         """One answer after the other, each with its task."""
-        return zip(tasks, self.texts, self.trajectories, self.verdicts, strict=True)
+        return zip(self.tasks, self.texts, self.trajectories, self.verdicts, strict=True)
 
 
 def answer(
@@ -98,23 +99,21 @@ def answer(
     clock.lap(EXTRACT)
     verdicts = verify(jobs)
     clock.lap(VERIFY)
-    refuse_broken([(verdict.outcome, verdict.detail) for verdict in verdicts], what, forgiven)
-    return Answered(texts, trajectories, verdicts, clock.windows)
+    refuse_broken(verdicts, what, forgiven)
+    return Answered(tasks, texts, trajectories, verdicts, clock.windows)
 
 
-def refuse_broken(judged: Sequence[tuple[Outcome, str]], what: str, forgiven: int = 0) -> None:
+def refuse_broken(verdicts: Sequence[Verdict], what: str, forgiven: int = 0) -> None:
     """Checks that the verdicts are the verifier's.
 
-    Args:
-        judged: outcome and detail of each.
     Raises:
         FewstepError: it failed on more than `MAX_SANDBOX_ERRORS` of them, and on more than `forgiven`.
     """
-    broken = [detail for outcome, detail in judged if outcome == "sandbox_error"]
-    if len(broken) > max(forgiven, MAX_SANDBOX_ERRORS * len(judged)):
+    broken = [verdict.detail for verdict in verdicts if verdict.outcome == "sandbox_error"]
+    if len(broken) > max(forgiven, MAX_SANDBOX_ERRORS * len(verdicts)):
         most = Counter(broken).most_common(1)[0][0]
         raise FewstepError(
-            f"{what}: the verifier itself failed on {len(broken)} of {len(judged)} answers: {most}"
+            f"{what}: the verifier itself failed on {len(broken)} of {len(verdicts)} answers: {most}"
         )
 
 
@@ -155,7 +154,7 @@ def measure(
         points.append(summarise(policy, found.trajectories, found.verdicts, found.seconds))
         print(f"  {number:>2}/{len(others) + 1}  {one_line(points[-1])}  {found.seconds:.1f} s", flush=True)
         if observe is not None:
-            observe(points[-1], _rollouts(tasks, found))
+            observe(points[-1], _rollouts(found))
     return points
 
 
@@ -164,11 +163,11 @@ def _keyed(policy: DecodePolicy, task: Task) -> DecodePolicy:
     return policy.model_copy(update={"seed": derive_seed("frontier", policy.seed, task.task_id)})
 
 
-def _rollouts(tasks: Sequence[Task], found: Answered) -> list[Rollout]:
+def _rollouts(found: Answered) -> list[Rollout]:
     """Measured, not trained on: each task is a group of one, and the reward is the score itself."""
     return [
         Rollout(task.task_id, group, 0, text, trajectory, verdict, reward=verdict.score)
-        for group, (task, text, trajectory, verdict) in enumerate(found.rows(tasks))
+        for group, (task, text, trajectory, verdict) in enumerate(found.rows())
     ]
 
 

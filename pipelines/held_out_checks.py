@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fewstep.actors.trainer import Metrics
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, answer, reaches, summarise
@@ -124,5 +124,4 @@ class HeldOutChecks:
             [one.task for one in asked], requests, self._generate, self._verify, self._tokenizer,
             self._source.answers, what="held-out tasks looked at",
         )  # fmt: skip
-        # Tokens per second say nothing here: nobody reads them, and the batch is small.
-        return summarise(policy, found.trajectories, found.verdicts, seconds=1.0)
+        return summarise(policy, found.trajectories, found.verdicts, found.seconds)

@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 def model_folder(model: str, tracking_uri: str) -> Path:
-    """The local folder of a model.
+    """The local folder of a model, as `pinned_model` finds it."""
+    return pinned_model(model, tracking_uri)[1]
+
+
+def pinned_model(model: str, tracking_uri: str) -> tuple[str, Path]:
+    """A model's address as it stands now, with a version in place of an alias, and its local folder.
 
     Args:
         model: a model folder, `models:/NAME@ALIAS`, or empty for the embedded model.
@@ -15,29 +20,15 @@ def model_folder(model: str, tracking_uri: str) -> Path:
     Raises:
         UserError: the address does not resolve. A folder is not looked into; loading it does that.
     """
-    # Both imports are late: one brings torch, the other MLflow, and a plain folder needs neither.
-    if not model:
-        from fewstep.kernels.model.checkpoint import embedded_model
-
-        return embedded_model()
+    # The imports are late: one brings torch, the others MLflow, and a plain folder needs neither.
     if model.startswith("models:/"):
-        from fewstep.platform.mlflow_registry import mlflow_model_folder
+        from fewstep.platform.mlflow_registry import find_model
         from fewstep.platform.mlflow_store import project_uri
 
-        return mlflow_model_folder(model, project_uri(tracking_uri))
-    return Path(model)
+        found = find_model(model, project_uri(tracking_uri))
+        return found.address, found.folder
+    if model:
+        return model, Path(model)
+    from fewstep.kernels.model.checkpoint import embedded_model
 
-
-def pinned_model(model: str, tracking_uri: str) -> tuple[str, Path]:
-    """A model's address as it stands now, with a version in place of an alias, and its local folder.
-
-    Raises:
-        UserError: as `model_folder`.
-    """
-    if not model.startswith("models:/"):
-        return model or "embedded", model_folder(model, tracking_uri)
-    from fewstep.platform.mlflow_registry import find_model
-    from fewstep.platform.mlflow_store import project_uri
-
-    found = find_model(model, project_uri(tracking_uri))
-    return found.address, found.folder
+    return "embedded", embedded_model()

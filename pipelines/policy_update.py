@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fewstep.actors.trainer import LogprobSource, Metrics
+from fewstep.actors.trainer_rank import LogprobSource, Metrics
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.estimators import Terms, clean_rows

@@ -13,7 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.actors.trainer import Metrics, TrainerGroup
+from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.pipelines.curriculum import Batches, Plan, plan_step, visible_block
 from fewstep.pipelines.figures import PRETRAIN_PANELS, draw_curves
@@ -26,7 +27,7 @@ from fewstep.pipelines.pretrain_start import (
     log_lineage,
     open_corpus,
 )
-from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.progress import read_progress, told_how_to_resume, write_progress
 from fewstep.pipelines.publish import log_checkpoint
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
@@ -64,6 +65,7 @@ def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
     )  # fmt: skip
     with (
         tracked_run(plan) as tracker,
+        told_how_to_resume(config.out / "checkpoint", config.steps, resume=config.resume),
         closing(
             TrainerGroup(
                 start.model,

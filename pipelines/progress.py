@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fewstep.platform.errors import CheckpointError, ConfigError
+from fewstep.platform.errors import ActorDied, CheckpointError, ConfigError
 
 FILE = "progress.json"
 
@@ -48,3 +50,24 @@ def read_progress(checkpoint: Path, fingerprint: str, *, resume: bool) -> dict[s
             "choose another out, or resume=false to start over",
         )
     return values
+
+
+@contextmanager
+def told_how_to_resume(checkpoint: Path, num_steps: int, *, resume: bool) -> Iterator[None]:
+    """An ActorDied that ends the block says from which step the job can go on, and how.
+
+    Args:
+        checkpoint: the run's checkpoint folder.
+        num_steps: of the whole job.
+        resume: the job's own setting.
+    """
+    try:
+        yield
+    except ActorDied as error:
+        path = checkpoint / FILE
+        step = int(json.loads(path.read_text())["values"]["step"]) if path.is_file() else 0
+        same = "the same command" if resume else "the same command with resume=true"
+        way = f"{same} goes on from step {step} of {num_steps}"
+        if not step:
+            way = "there is no checkpoint yet: the same command starts over"
+        raise ActorDied(error.who, f"{error.cause}; {way}") from error

@@ -17,7 +17,7 @@ from functools import partial
 
 from tokenizers import Tokenizer
 
-from fewstep.actors.trainer import Metrics
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.frontier import Generate, Verify
 from fewstep.pipelines.held_out_checks import HeldOutChecks, Standing

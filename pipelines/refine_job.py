@@ -19,17 +19,15 @@ from tokenizers import Tokenizer
 from fewstep.actors.node_metrics import OtherNodes
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import Verifier
-from fewstep.kernels.model.checkpoint import load_state, save_model, state_checksum
-from fewstep.kernels.model.config import ModelConfig
-from fewstep.kernels.model.tokenizer_file import load_tokenizer
+from fewstep.kernels.model.checkpoint import load_state, save_model
 from fewstep.pipelines.exported_models import ExportedModels
 from fewstep.pipelines.frontier import Generate, measure
 from fewstep.pipelines.held_out_checks import Standing, best_folder, keep_best
-from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.objectives import OBJECTIVES
 from fewstep.pipelines.objectives.credit import RefineObjective
 from fewstep.pipelines.policy_update import Trainer
-from fewstep.pipelines.progress import read_progress, write_progress
+from fewstep.pipelines.pretrain_start import given_model
+from fewstep.pipelines.progress import read_progress, told_how_to_resume, write_progress
 from fewstep.pipelines.record_rollouts import record_rollouts
 from fewstep.pipelines.refine import BEST, Progress, Workers, refine
 from fewstep.pipelines.refine_report import RefineResult, conclude
@@ -45,7 +43,7 @@ from fewstep.pipelines.rollouts import check_recorded, rollout_policy
 from fewstep.pipelines.settings import RECORDING, RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
 from fewstep.pipelines.tracked_run import RunPlan, accelerator, tracked_run
-from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest, weights_digest
+from fewstep.platform.artifacts import atomic_folder, atomic_write_text, file_digest
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import FrontierPoint, Rollout, WeightVersion
@@ -77,8 +75,10 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
     started = time.monotonic()
     with ExitStack() as stack:
         job = _Job(config, stack)
-        saved = read_progress(config.out / "checkpoint", job.fingerprint, resume=config.resume)
+        checkpoint = config.out / "checkpoint"
+        saved = read_progress(checkpoint, job.fingerprint, resume=config.resume)
         tracker = job.open_tracker(resumed=saved is not None, tags=dict(tags or {}))
+        stack.enter_context(told_how_to_resume(checkpoint, config.steps, resume=config.resume))
         engines = stack.enter_context(open_engines(config, job.folder, tracker, job.placement))
         trainer = stack.enter_context(open_trainer(config, job.model, job.folder, job.placement))
         frontier = _Frontier(config, job.source, engines.generate, job.verifier, job.tokenizer)
@@ -129,11 +129,12 @@ class _Job:
 
     def __init__(self, config: RefineConfig, stack: ExitStack) -> None:
         self.config, self._stack = config, stack
-        self.address, self.folder = pinned_model(config.model, config.tracking_uri or "")
+        start = given_model(config.model, config.tracking_uri or "")
+        assert start.source is not None
+        self.address, self.folder, self.digest = start.address, start.source, start.digest
         # Chat template, generation settings and whatever else came with the user's checkpoint stays with it.
         self.origin = self.folder if config.model else None
-        self.model = ModelConfig.load(self.folder)
-        self.tokenizer = load_tokenizer(self.folder, self.model)
+        self.model, self.tokenizer = start.model, start.tokenizer
         self.objective = make_objective(config)
         recorded = _recorded(config)
         # Before anything of this job takes room.
@@ -143,8 +144,7 @@ class _Job:
         self._hosts = hosts
         self.verifier = stack.enter_context(open_verifier(config, self.placement))
         self.source = open_tasks(config, self.model, self.tokenizer, ChatTemplate(self.folder), self.verifier)
-        weights = state_checksum(load_state(self.folder, self.model))
-        self.fingerprint = _fingerprint(config, weights, [*self.source.digests.values(), *recorded])
+        self.fingerprint = _fingerprint(config, self.digest, [*self.source.digests.values(), *recorded])
 
     def open_tracker(self, *, resumed: bool, tags: Mapping[str, str]) -> MlflowTracker:
         """The run's record, and what it says of this job."""
@@ -167,7 +167,7 @@ class _Job:
         return {
             "model.family": self.model.family,
             "model.source": self.address,
-            "model.source_digest": weights_digest(self.folder),
+            "model.source_digest": self.digest,
             "data.digest": state_digest(self.source.digests.values()),
             "machine.accelerator": accelerator(),
             "machine.hosts": json.dumps(self._hosts),
@@ -265,7 +265,7 @@ def _starting_point(
     """Step 0, or the checkpoint's step with its weights loaded and its curve told to the new tracker run."""
     if saved is None:
         # Rollouts and checkpoints of an older run in this folder are that run's.
-        for stale in ("rollouts", "models", BEST):
+        for stale in ("checkpoint", "rollouts", "models", BEST):
             shutil.rmtree(config.out / stale, ignore_errors=True)
         return Progress(threshold=config.curriculum.start)
     trainer.load((config.out / "checkpoint").resolve())

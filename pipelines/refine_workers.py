@@ -18,7 +18,8 @@ from fewstep.actors.node_metrics import OtherNodes
 from fewstep.actors.placement import free_nodes, require_room
 from fewstep.actors.replica import ReplicaSettings
 from fewstep.actors.replica_pool import ReplicaPool
-from fewstep.actors.trainer import TrainerGroup, TrainerRank
+from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.trainer_rank import TrainerRank
 from fewstep.actors.verifier import LocalVerifier, Verifier, VerifierPool
 from fewstep.kernels.model.checkpoint import load_model, state_checksum
 from fewstep.kernels.model.config import ModelConfig

@@ -20,6 +20,7 @@ from fewstep.actors.engine.text import decode
 from fewstep.kernels.attention import visibility
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.transformer import Transformer, masked_attention
+from fewstep.pipelines.frontier import refuse_broken
 from fewstep.pipelines.significance import Interval, PairedTest, holm, mean_interval, paired_test
 from fewstep.platform.records import Task, Verdict
 from fewstep.platform.rng import generator
@@ -159,7 +160,11 @@ def measure_repair(
     thresholds: Sequence[float],
     verify: Callable[[Sequence[tuple[Task, str]]], list[Verdict]],
 ) -> list[RepairSummary]:
-    """The drafts as they are, then repaired at each threshold. Prints a line each."""
+    """The drafts as they are, then repaired at each threshold. Prints a line each.
+
+    Raises:
+        FewstepError: the verifier itself failed too often (`refuse_broken`).
+    """
     summaries = []
     for threshold in (None, *thresholds):
         if threshold is None:
@@ -171,6 +176,7 @@ def measure_repair(
             for ids, draft in zip(tokens, drafts, strict=True)
         ]
         verdicts = verify([(draft.task, text) for draft, text in zip(drafts, texts, strict=True)])
+        refuse_broken(verdicts, "repair")
         summaries.append(_summary(threshold, drafts, tokens, forwards, verdicts))
         one = summaries[-1]
         print(

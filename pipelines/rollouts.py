@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from fewstep.actors.trainer import Metrics
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.pipelines.frontier import Generate, Verify, answer
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSource
@@ -108,7 +108,7 @@ class RolloutMaker:
                 task_id=task.task_id, group_id=index // config.group_size, sample=index % config.group_size,
                 text=text, trajectory=trajectory, verdict=verdict, reward=0.0,
             )
-            for index, (task, text, trajectory, verdict) in enumerate(found.rows(tasks))
+            for index, (task, text, trajectory, verdict) in enumerate(found.rows())
         ]  # fmt: skip
         prompts = {one.task.task_id: one.task.prompt for one in asked}
         return Batch(rollouts, prompts, threshold, done, found.windows)

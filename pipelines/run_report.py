@@ -77,7 +77,7 @@ def report_content(record: RunRecord, examples: int) -> dict[str, Any]:
         "title": record.name,
         "kind": str(record.report.get("kind", "run")),
         "run_id": stored.run_id if stored else "",
-        "status": stored.status if stored else "not in the store",
+        "status": stored.status if stored else "read from its folder",
         "started": started,
         "verdict": str(record.report.get("text", "")),
         "questions": answers_to_questions(record),

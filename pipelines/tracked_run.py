@@ -1,6 +1,6 @@
-"""A job's run in MLflow, from its first tag: the same beginning for every job that trains.
+"""A job's run in MLflow, from its first tag: the same beginning for every job.
 
-A job that goes on from a checkpoint goes on with its run: `tracking.json` in the job's folder says which one that is.
+A job that goes on with what its folder holds goes on with its run: `tracking.json` in the job's folder says which one that is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewstep.platform.artifacts import atomic_write_text
+from fewstep.platform.artifacts import atomic_write_text, remove_unfinished
 from fewstep.platform.config import Config, render_config
 from fewstep.platform.mlflow_store import project_uri, shown_uri
 from fewstep.platform.mlflow_tracker import MlflowTracker
@@ -28,13 +28,13 @@ class RunPlan:
     """What a job knows about its run before it starts.
 
     Attributes:
-        kind: `refine` or `pretrain`; the first word of the run's name.
+        kind: the command's name; the first word of the run's name.
         config: the resolved configuration.
         out: the job's folder; the last part is the second word of the name.
         tracking_uri: the store; None = the project's.
         experiment: made when missing.
         description: Markdown, at the top of the run's page.
-        resumed: the job goes on from a checkpoint in `out`.
+        resumed: the job goes on with what is in `out`.
         required: a store that does not answer at the start is an error.
         tags: what the job adds to the tags every run has.
     """
@@ -63,6 +63,7 @@ def tracked_run(plan: RunPlan) -> Iterator[MlflowTracker]:
     """
     uri = project_uri(plan.tracking_uri)
     plan.out.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(plan.out)
     key = _known_key(plan, uri)
     text, path = render_config(plan.config), plan.out / CONFIG_FILE
     earlier = path.read_text() if path.is_file() else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -55,9 +57,9 @@ def atomic_write_text(path: Path, data: str) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary sibling folder; it takes the place of `path` when the block ends without error.
 
-    An existing `path` is moved aside first and removed last, so a reader meets the old folder, the new one,
-    or (for the time between two renames) none, but never a mixture. On any error the sibling is removed and
-    `path` is as it was.
+    An existing `path` changes places with the new folder in one step of the kernel's, so that a reader, or who comes
+    after a kill, meets the old folder or the new one. Where the file system cannot exchange (NFS), there is a moment
+    between two renames with neither. On any error the sibling is removed and `path` is as it was.
 
     Raises:
         ResourceError: the disk is full.
@@ -75,6 +77,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         _raise_if_disk_full(path, error)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes, in a folder and below, what `atomic_file` and `atomic_folder` were writing in processes that were killed.
+
+    The folder is the caller's alone: a process of another host cannot be told from one that is gone.
+    """
+    for path in sorted(Path(folder).rglob(".*")):
+        found = re.fullmatch(r"\..+\.(?:tmp|old)-(\d+)-[0-9a-f]{8}", path.name)
+        if found is None or _runs(int(found[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:
@@ -128,6 +145,16 @@ def _sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
 def _sync(file: Path) -> None:
     descriptor = os.open(file, os.O_RDONLY)
     try:
@@ -137,11 +164,23 @@ def _sync(file: Path) -> None:
 
 
 def _swap_in(temporary: Path, path: Path, old: Path) -> None:
-    try:
-        os.rename(path, old)
-    except FileNotFoundError:
+    if not path.is_dir():
         os.rename(temporary, path)
-        return
+    elif _exchange(temporary, path):
+        shutil.rmtree(temporary)
+    else:
+        _swap_by_two_renames(temporary, path, old)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Swaps two names at once (Linux's renameat2 with RENAME_EXCHANGE); False where that cannot be done."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here = -100  # AT_FDCWD: relative paths are of the working directory
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(two), 2) == 0
+
+
+def _swap_by_two_renames(temporary: Path, path: Path, old: Path) -> None:
+    os.rename(path, old)
     try:
         os.rename(temporary, path)
     except BaseException:

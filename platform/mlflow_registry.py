@@ -53,11 +53,6 @@ def find_model(model_uri: str, tracking_uri: str) -> FoundModel:
     return FoundModel(address, _weights_folder(model_uri, packed), packed)
 
 
-def mlflow_model_folder(model_uri: str, tracking_uri: str) -> Path:
-    """The folder of `find_model`."""
-    return find_model(model_uri, tracking_uri).folder
-
-
 def model_facts(model_uri: str, tracking_uri: str) -> tuple[str, dict[str, Any]]:
     """The address that does not move, and what was measured of the model when it was registered: `step`, `dataset`,
     the facts of its `TrackedModel` and `weights_sha256`, the digest of the weights' files. Nothing but its MLmodel file is fetched.

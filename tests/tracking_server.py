@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,14 +15,9 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from fewstep.platform.mlflow_store import server_command, sqlite_uri
+from fewstep.platform.ports import free_port
 
 _READY_S = 240.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class TrackingServer:
@@ -33,7 +27,7 @@ class TrackingServer:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.backend = backend or sqlite_uri(folder)
-        self.port = port or free_port()
+        self.port = port or free_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
         if start:
@@ -106,8 +100,8 @@ def postgres(folder: Path) -> Iterator[str]:
         owner = {"user": account.pw_uid, "group": account.pw_gid}
     binaries, data, port = (
         programs[-1].parent,
-        Path(f"/tmp/fewstep-pg-{os.getpid()}-{free_port()}"),
-        free_port(),
+        Path(f"/tmp/fewstep-pg-{os.getpid()}-{free_port('127.0.0.1', 0)}"),
+        free_port("127.0.0.1", 0),
     )
     data.mkdir(mode=0o700)
     if owner:

@@ -6,9 +6,10 @@ import logging
 import threading
 from dataclasses import replace
 
-from fewstep.actors.serving.engine_source import EngineOptions, NewWeights
+from fewstep.actors.serving.engine_source import NewWeights
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.service import CompletionService, Origin, created_of
+from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.errors import CheckpointError, FewstepError
 from fewstep.platform.mlflow_registry import alias_address, find_model
 
@@ -25,14 +26,14 @@ class AliasFollower:
     Args:
         service: of the model at `source.address`.
         source: with an alias.
-        engine: how the service's engine runs.
+        dtype: that the engine computes in.
         poll_s: seconds between two looks.
     """
 
     def __init__(
-        self, service: CompletionService, source: ModelSource, engine: EngineOptions, poll_s: float
+        self, service: CompletionService, source: ModelSource, dtype: ComputeDtype, poll_s: float
     ) -> None:
-        self._service, self._source, self._engine, self._poll_s = service, source, engine, poll_s
+        self._service, self._source, self._dtype, self._poll_s = service, source, dtype, poll_s
         self._seen = source.address
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fewstep-alias", daemon=True)
@@ -60,7 +61,7 @@ class AliasFollower:
         service = self._service
         try:
             folder = find_model(address, source.tracking_uri).folder
-            service.host.load_weights(NewWeights(source, address, str(folder), self._engine))
+            service.host.load_weights(NewWeights(source, address, folder, self._dtype))
         except CheckpointError as error:
             self._seen = address
             service.origin = replace(service.origin, refused=f"{address}: {error}")

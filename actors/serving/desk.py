@@ -27,8 +27,6 @@ from fewstep.actors.serving.visit import AnswerRecord, Visit
 from fewstep.platform.errors import RequestError
 
 _DRAIN_RETRY_S = 5.0
-# How much one more answer moves the expected tokens per forward.
-_TPF_SHARE = 0.05
 # Asked by load balancers and browsers that have no key.
 _OPEN_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 _OPEN_FOLDER = "/playground/"
@@ -44,24 +42,6 @@ class DeskOptions:
     log: LogConfig = field(default_factory=LogConfig)
     keys: Path | None = None
     trace_endpoint: str = ""
-
-
-@dataclass(eq=False)
-class _Line:
-    """The queue of one engine, and how many tokens a forward of it has been committing."""
-
-    model: str
-    admission: Admission
-    tokens_per_forward: float = 1.0
-
-    def expect(self, request: Request) -> float:
-        """Forwards a request will take, if it writes all it may."""
-        return max(1.0, request.max_tokens / self.tokens_per_forward)
-
-    def learn(self, record: AnswerRecord) -> None:
-        if record.forwards and record.num_tokens:
-            found = record.num_tokens / record.forwards
-            self.tokens_per_forward += _TPF_SHARE * (found - self.tokens_per_forward)
 
 
 class Desk:
@@ -86,7 +66,7 @@ class Desk:
         self._engines, self._draining, self.num_open = engines, False, 0
         self._ring = KeyRing(options.keys) if options.keys is not None else None
         self._budgets: dict[str, tuple[KeyEntry | None, KeyBudgets]] = {}
-        self._lines: WeakKeyDictionary[EngineHost, _Line] = WeakKeyDictionary()
+        self._lines: WeakKeyDictionary[EngineHost, Admission] = WeakKeyDictionary()
         self.metrics = ServingMetrics(engines, self.num_waiting)
         self._log = AccessLog(options.log)
         self._spans = Spans(open_tracer(options.trace_endpoint)) if options.trace_endpoint else None
@@ -156,16 +136,18 @@ class Desk:
                 "ask for fewer tokens or choices",
             )  # fmt: skip
         updates = [host.submit(request) for request in requests]
-        line = self._line(model, host)
+        line, pace = self._line(host), _tokens_per_forward(host)
         name, weight = (visit.key.id, visit.key.weight) if visit.key is not None else ("", 1.0)
         places, turns = [], []
         for request in requests:
             turn = asyncio.Event()
-            places.append(Place(name, weight, line.expect(request), request.priority, ready=turn.set))
+            places.append(
+                Place(name, weight, max(1.0, request.max_tokens / pace), request.priority, ready=turn.set)
+            )
             turns.append(turn)
         visit.user = user
         try:
-            line.admission.offer(places)
+            line.offer(places)
         except Refused as error:
             visit.refused = error.reason
             raise
@@ -173,14 +155,14 @@ class Desk:
         records = [AnswerRecord(model, len(request.prompt_ids), now) for request in requests]
         visit.answers += records
         stays = [_Stay(*stay) for stay in zip(places, turns, records, updates, strict=True)]
-        visit.settle += [partial(self._settle, visit, line, stay) for stay in stays]
-        return [self._answer(visit, line, stay) for stay in stays]
+        visit.settle += [partial(self._settle, visit, host, stay) for stay in stays]
+        return [self._answer(visit, host, stay) for stay in stays]
 
     async def page(self) -> Families:
         """Metrics of all replicas."""
         return {self.replica: self.metrics.families()} if self._gather is None else await self._gather()
 
-    async def _answer(self, visit: Visit, line: _Line, stay: _Stay) -> AsyncGenerator[Update]:
+    async def _answer(self, visit: Visit, host: EngineHost, stay: _Stay) -> AsyncGenerator[Update]:
         record = stay.record
         try:
             async with _Until(visit.deadline):
@@ -199,7 +181,7 @@ class Desk:
             record.finish, visit.refused = "error", error.reason
             raise
         finally:
-            self._settle(visit, line, stay)
+            self._settle(visit, host, stay)
 
     def _note(self, visit: Visit, record: AnswerRecord, update: Update) -> None:
         if update.num_new_tokens:
@@ -213,7 +195,7 @@ class Desk:
         elif update.error is not None:
             record.finish = "error"
 
-    def _settle(self, visit: Visit, line: _Line, stay: _Stay) -> None:
+    def _settle(self, visit: Visit, host: EngineHost, stay: _Stay) -> None:
         """An answer has ended: its slot goes on, what it took is charged. A second call does nothing."""
         record = stay.record
         if record.ended:
@@ -222,10 +204,8 @@ class Desk:
         held_s = record.ended - record.started if record.started else 0.0
         if not record.forwards and record.num_tokens:
             # An aborted answer has no trajectory; what it took is what such tokens take.
-            record.forwards = round(record.num_tokens / line.tokens_per_forward)
-        else:
-            line.learn(record)
-        line.admission.end(stay.place, max(1, record.forwards))
+            record.forwards = round(record.num_tokens / _tokens_per_forward(host))
+        self._line(host).end(stay.place, max(1, record.forwards))
         self._budget(visit.key).spend(record.num_tokens, held_s)
         self.metrics.note_end(record)
 
@@ -250,16 +230,15 @@ class Desk:
             known = self._budgets[name] = (key, budgets)
         return known[1]
 
-    def _line(self, model: str, host: EngineHost) -> _Line:
+    def _line(self, host: EngineHost) -> Admission:
         if host not in self._lines:
-            admission = Admission(host.num_slots, self.limits.max_waiting, time.monotonic)
-            self._lines[host] = _Line(model, admission)
+            self._lines[host] = Admission(host.num_slots, self.limits.max_waiting, time.monotonic)
         return self._lines[host]
 
     def num_waiting(self) -> dict[str, int]:
         """Answers that wait in front of each engine, by model."""
         lines = {name: self._lines.get(host) for name, host in self._engines().items()}
-        return {name: line.admission.num_waiting if line is not None else 0 for name, line in lines.items()}
+        return {name: line.num_waiting if line is not None else 0 for name, line in lines.items()}
 
 
 @dataclass(frozen=True)
@@ -301,6 +280,11 @@ def admitted(
     """
     desk, visit = CURRENT.get()
     return [*desk.admit(visit, model, host, requests, user)]
+
+
+def _tokens_per_forward(host: EngineHost) -> float:
+    """What the engine has been committing lately."""
+    return host.measures()["tokens_per_forward"] or 1.0
 
 
 def _seconds(header: bytes) -> float:

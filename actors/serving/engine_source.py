@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.actors.engine.rendezvous import Rendezvous
@@ -69,13 +70,13 @@ class NewWeights:
     """Another version's weights for a serving engine.
 
     Attributes:
-        source: of the engine; address: of the version; folder: where it is.
+        source: of the engine; address: of the version; folder: where it is; dtype: that the engine computes in.
     """
 
     source: ModelSource
     address: str
-    folder: str
-    options: EngineOptions
+    folder: Path
+    dtype: ComputeDtype
 
     def __call__(self, engine: Engine) -> tuple[Mapping[str, torch.Tensor], WeightVersion]:
         """Read and prove them (`weights.proved_weights`).
@@ -85,4 +86,4 @@ class NewWeights:
         """
         from fewstep.actors.serving.weights import proved_weights
 
-        return proved_weights(engine, self.source, self.address, self.folder, self.options.dtype)
+        return proved_weights(engine, self.source, self.address, self.folder, self.dtype)

@@ -91,7 +91,7 @@ class ServingReplica:
             raise
         for source, service in zip(sources, self._services, strict=True):
             if source.alias:
-                AliasFollower(service, source, engine, alias_poll_s).start()
+                AliasFollower(service, source, engine.dtype, alias_poll_s).start()
         replica = serve.get_replica_context().replica_id.unique_id
         self._desk = Desk(desk, self._engines, replica, self._gather)
         self._num_reports = 0
@@ -191,8 +191,7 @@ def application(
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,
-        # A prompt's home may have as much more to do as a replica is meant to have.
-        **deployment_options(num_replicas, scaling, routing, slack_s=scaling.backlog_s),
+        **deployment_options(num_replicas, scaling, routing),
         **_group(engine, num_cpus),
     )
     ingress = serve.ingress()(ServingReplica)

@@ -16,7 +16,7 @@ class ScalingConfig(Config):
 
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
-    backlog_s: float = Field(default=2.0, gt=0.0)
+    backlog_s: float = Field(default=0.5, gt=0.0)
     """Seconds of work, at a full batch, that a replica should have before it: masks left / (tokens per forward x slots) x
     seconds of a forward. More is shared out among more replicas."""
     up_delay_s: float = Field(default=2.0, ge=0.0)
@@ -30,6 +30,8 @@ class ScalingConfig(Config):
     def _in_order(self) -> ScalingConfig:
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must be at least min_replicas")
+        if self.max_replicas == self.min_replicas > 1:
+            raise ValueError("max_replicas must be above min_replicas; for a fixed number set num_replicas")
         return self
 
     @property

@@ -75,9 +75,7 @@ def _of(replica: RunningReplica, key: str) -> float:
     return float((replica.routing_stats or {}).get(key, 0.0))
 
 
-def deployment_options(
-    num_replicas: int, scaling: ScalingConfig, routing: Routing, slack_s: float
-) -> dict[str, Any]:
+def deployment_options(num_replicas: int, scaling: ScalingConfig, routing: Routing) -> dict[str, Any]:
     """Keyword arguments of `serve.deployment`: how many replicas, and which router."""
     # Serve's pydantic classes are typed for the mypy of another version.
     policy, router = cast(Any, AutoscalingPolicy), cast(Any, RequestRouterConfig)
@@ -99,7 +97,8 @@ def deployment_options(
     if routing != "requests":
         options["request_router_config"] = router(
             request_router_class=f"{_HERE}:LoadRouter",
-            request_router_kwargs={"prefix": routing == "prefix", "slack_s": slack_s},
+            # A prompt's home may have as much more to do as a replica is meant to have.
+            request_router_kwargs={"prefix": routing == "prefix", "slack_s": scaling.backlog_s},
             request_routing_stats_period_s=scaling.interval_s,
         )
     return options

@@ -47,25 +47,24 @@ def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
 
 
 def proved_weights(
-    engine: Engine, source: ModelSource, address: str, folder: str, dtype: ComputeDtype
+    engine: Engine, source: ModelSource, address: str, folder: Path, dtype: ComputeDtype
 ) -> tuple[Mapping[str, torch.Tensor], WeightVersion]:
     """Weights that can take the place of an engine's, proved by generating a block with them beside it.
 
     Raises:
         CheckpointError: they cannot be loaded, belong to another model or tokenizer, or do not generate.
     """
-    path = Path(folder)
-    config = ModelConfig.load(path)
+    config = ModelConfig.load(folder)
     if config != engine.config:
         raise CheckpointError(
             address, "another config.json", "that of the model served", "serve it by itself"
         )
-    tokenizer = load_tokenizer(path, config)
+    tokenizer = load_tokenizer(folder, config)
     if tokenizer.to_str() != engine.tokenizer.to_str():
         raise CheckpointError(address, "another tokenizer", "that of the model served", "serve it by itself")
     if isinstance(engine.model, ShardedTransformer):
-        return proved_sharded(engine.model, source, address, path, dtype)
-    state = load_state(path, config, torch_dtype(dtype))
+        return proved_sharded(engine.model, source, address, folder, dtype)
+    state = load_state(folder, config, torch_dtype(dtype))
     # On the loaded tensors themselves: no second copy, and requests of the serving engine never see them.
     with torch.device("meta"):
         model = Transformer(config)

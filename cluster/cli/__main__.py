@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except FewstepError as error:
         # One raised in an actor arrives wrapped, with the remote traceback as its text and itself as the cause.
-        message = str(getattr(error, "cause", error))
+        cause = getattr(error, "cause", None)  # of an ActorDied that is a text, part of the message
+        message = str(cause if isinstance(cause, FewstepError) else error)
         print("fewstep: error: " + " ".join(message.split()), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:

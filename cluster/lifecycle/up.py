@@ -43,7 +43,8 @@ def up(config: UpConfig) -> None:
 
     Raises:
         ResourceError: a cluster is up already, a port is taken, or a host did not come up; what had started is ended. A host
-            that could not be asked to end its own stays known, for `fewstep down`.
+            that had joined and cannot be asked to end its own stays known, for `fewstep down`; one that falls silent while
+            it starts is to be looked at by hand.
     """
     if is_up(config.folder):
         raise ResourceError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -73,9 +72,10 @@ def job_files(config: ManifestConfig, text: str) -> dict[str, Any]:
 
 
 def cluster_spec(
-    config: ManifestConfig, ray_version: str, environment: Mapping[str, str] = MappingProxyType({})
+    config: ManifestConfig, ray_version: str, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """RayClusterSpec: a head that takes no actors, and the worker groups; `environment` is every pod's."""
+    """RayClusterSpec: a head that takes no actors, and the worker groups; `environment` is every pod's, beside the usual."""
+    variables = _ENV | dict(environment or {})
     spec: dict[str, Any] = {"rayVersion": ray_version}
     if config.autoscale:
         spec |= {
@@ -91,20 +91,19 @@ def cluster_spec(
         spec["authOptions"] = {"mode": "token", "secretName": config.token_secret}
     else:
         spec["authOptions"] = {"mode": "token"}
-    head = _pod(config, config.head_cpus, config.head_memory_gib, None, "ray-head")
+    head = _pod(config, config.head_cpus, config.head_memory_gib, None, "ray-head", variables)
     spec["headGroupSpec"] = {
         # The driver and Ray's own servers live here; a replica beside them would take them along when memory is short.
         "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
         "template": head,
     }
-    spec["workerGroupSpecs"] = [_worker_group(config, group) for group in config.workers]
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        (container,) = group["template"]["spec"]["containers"]
-        container["env"] += [{"name": key, "value": value} for key, value in environment.items()]
+    spec["workerGroupSpecs"] = [_worker_group(config, group, variables) for group in config.workers]
     return spec
 
 
-def _worker_group(config: ManifestConfig, group: WorkerGroup) -> dict[str, Any]:
+def _worker_group(
+    config: ManifestConfig, group: WorkerGroup, environment: Mapping[str, str]
+) -> dict[str, Any]:
     most = group.replicas if group.max_replicas is None else group.max_replicas
     return {
         "groupName": group.name,
@@ -112,12 +111,17 @@ def _worker_group(config: ManifestConfig, group: WorkerGroup) -> dict[str, Any]:
         "minReplicas": group.replicas,
         "maxReplicas": most if config.autoscale else group.replicas,
         "rayStartParams": {},
-        "template": _pod(config, group.cpus, group.memory_gib, group, "ray-worker"),
+        "template": _pod(config, group.cpus, group.memory_gib, group, "ray-worker", environment),
     }
 
 
 def _pod(
-    config: ManifestConfig, cpus: int, memory_gib: int, group: WorkerGroup | None, name: str
+    config: ManifestConfig,
+    cpus: int,
+    memory_gib: int,
+    group: WorkerGroup | None,
+    name: str,
+    environment: Mapping[str, str],
 ) -> dict[str, Any]:
     amounts: dict[str, Any] = {"cpu": str(cpus), "memory": f"{memory_gib}Gi"}
     if group is not None and group.gpus:
@@ -136,7 +140,7 @@ def _pod(
     container: dict[str, Any] = {
         "name": name,
         "image": config.image,
-        "env": [{"name": key, "value": value} for key, value in _ENV.items()],
+        "env": [{"name": key, "value": value} for key, value in environment.items()],
         # Equal requests and limits: the node never gives away what a replica was promised.
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
         "volumeMounts": mounts,

@@ -37,7 +37,7 @@ def render(config: ManifestConfig) -> str:
     if config.kind == "slurm":
         return sbatch(config, text)
     version = importlib.metadata.version("ray")
-    if isinstance(job, ServeConfig) and config.kind == "rayservice":
+    if isinstance(job, ServeConfig):
         main = ray_service(config, job, version)
     else:
         main = ray_cluster(config, version) if config.kind == "raycluster" else ray_job(config, version)

@@ -48,11 +48,13 @@ class FleetRun:
     """What happened.
 
     Attributes:
+        waits_s: from a job's arrival to its slot, in order of admission; a job that begins again waits again.
         latencies_s: of answered jobs, in order of completion; ends: their times and tokens; seconds: from the first arrival to the last answer.
         tokens: that count; forwards, rows: of all replicas; busy_s: seconds of stepping, summed over replicas.
         restarted: jobs begun again after a death; preemptions: pages taken from running requests.
     """
 
+    waits_s: list[float] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
     ends: list[tuple[float, int]] = field(default_factory=list)
     seconds: float = 0.0
@@ -73,6 +75,10 @@ class FleetRun:
         """A percentile of the answers' latencies, 0 to 100, without the first share `warm_up` of the answers."""
         return float(np.percentile(self.latencies_s[int(warm_up * len(self.latencies_s)) :], percentile))
 
+    def wait_s(self, percentile: float) -> float:
+        """A percentile of the waits, 0 to 100."""
+        return float(np.percentile(self.waits_s, percentile))
+
     def steady_tokens_per_s(self) -> float:
         """Between the first and the last fifth of the answers: neither filling up nor draining."""
         first, last = len(self.ends) // 5, len(self.ends) * 4 // 5
@@ -82,13 +88,19 @@ class FleetRun:
 
 @dataclass(eq=False)
 class _Replica:
-    """A simulated engine and its clockwork; events of an older `epoch` are void."""
+    """A simulated engine and its clockwork; events of an older `epoch` are void.
+
+    Attributes:
+        up: it steps; leaving: but takes nothing new. step_s: of the last step.
+    """
 
     model: ReplicaModel
     up: bool = True
+    leaving: bool = False
     stepping: bool = False
     paused: bool = False
     epoch: int = 0
+    step_s: float = 0.0
 
 
 class FleetModel:
@@ -141,7 +153,7 @@ class FleetModel:
         heapq.heappush(self._events, (when, next(self._count), kind, index, epoch))
 
     def _route(self, job: Job) -> None:
-        up = [index for index, replica in enumerate(self._replicas) if replica.up]
+        up = [index for index, replica in enumerate(self._replicas) if replica.up and not replica.leaving]
         if not up:
             self._homeless.append(job)
             return
@@ -159,14 +171,15 @@ class FleetModel:
         if not replica.up or replica.stepping or replica.paused:
             return
         load = replica.model.begin_step()
+        self.run.waits_s += [self._now - job.arrival_s for job in replica.model.admitted]
         if load is None:
             return
-        seconds = self.spec.cost.step_s(load)
+        replica.step_s = self.spec.cost.step_s(load)
         replica.stepping = True
         self.run.forwards += 1
         self.run.rows += load.rows
-        self.run.busy_s += seconds
-        self._at(self._now + seconds, "step", index, replica.epoch)
+        self.run.busy_s += replica.step_s
+        self._at(self._now + replica.step_s, "step", index, replica.epoch)
 
     def _replica_event(self, kind: Kind, index: int) -> None:
         replica = self._replicas[index]

@@ -29,6 +29,11 @@ class Push:
         return self.put_s + self.calls_s + self.tree.seconds + self.load_s
 
 
+def load_s(config: PlanConfig) -> float:
+    """Seconds for which a replica stands still, however many there are."""
+    return config.model.weight_bytes / 1e9 * config.control.load_s_per_gb
+
+
 def push_of(config: PlanConfig, num_replicas: int) -> Push:
     """A push to so many replicas by the tree."""
     control, fleet, size = config.control, config.fleet, config.model.weight_bytes
@@ -43,5 +48,5 @@ def push_of(config: PlanConfig, num_replicas: int) -> Push:
         put_s=size / control.object_put_bytes_per_s,
         calls_s=num_replicas * control.call_s,
         tree=tree,
-        load_s=size / 1e9 * control.load_s_per_gb,
+        load_s=load_s(config),
     )

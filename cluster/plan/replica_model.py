@@ -48,6 +48,8 @@ class ReplicaModel:
 
     Args:
         max_sequences: slots; num_pages: blocks of keys and values that it has memory for.
+    Attributes:
+        admitted: the jobs that got a slot when the last step began.
     """
 
     def __init__(self, max_sequences: int, num_pages: int) -> None:
@@ -55,6 +57,7 @@ class ReplicaModel:
         self.free_pages = num_pages
         self.waiting: deque[Job] = deque()
         self.running: list[_Running] = []
+        self.admitted: list[Job] = []
         self.preemptions = 0
         self._layout: tuple[tuple[int, int], ...] | None = None  # None: the last forward wrote pages
 
@@ -65,8 +68,10 @@ class ReplicaModel:
 
     def begin_step(self) -> StepLoad | None:
         """Admit, plan, and say what the next forward carries; None when there is nothing to do."""
+        self.admitted = []
         while self.waiting and len(self.running) < self.max_sequences:
             job = self.waiting.popleft()
+            self.admitted.append(job)
             size = job.answer.block_size
             self.running.append(
                 _Running(job, job.answer.prompt_tokens // size * size, job.answer.shared_tokens)

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
 
 from fewstep.actors.engine.pace import Pace
 from fewstep.actors.serving.load_signal import Load, load_of, wanted_replicas
+from fewstep.actors.serving.scaling_config import ScalingConfig
 from fewstep.cluster.plan.answers import Answer, AnswerSource
 from fewstep.cluster.plan.fleet_model import FleetModel, FleetRun, FleetSpec, Kind
 from fewstep.cluster.plan.replica_model import Job, ReplicaModel
 from fewstep.pipelines.load_summary import arrivals
-from fewstep.platform.rng import generator
+from fewstep.platform.rng import derive_seed, generator
 
 Signal = Literal["requests", "work"]
 _State = Literal["off", "starting", "up", "leaving"]
+_SERVICE = ScalingConfig()
 ALLOWANCES = (64, 256, 1024)
 """What clients pass as `max_tokens`: the least of these that holds the answer."""
 
@@ -34,34 +33,28 @@ class Scaling:
     Attributes:
         signal: requests = so many open requests a replica (`target`), as Ray Serve scales by itself; work = so many
             seconds of work (`target`). Routing goes by the same.
-        start_s: from the decision to a replica's first step; up_delay_s, down_delay_s: for which more or fewer must be wanted.
-        interval_s: between two looks.
+        start_s: from the decision to a replica's first step; the others: `ScalingConfig`'s.
     """
 
     signal: Signal
     target: float
-    min_replicas: int = 1
+    min_replicas: int = _SERVICE.min_replicas
     start_s: float = 20.0
-    up_delay_s: float = 2.0
-    down_delay_s: float = 30.0
-    interval_s: float = 1.0
+    up_delay_s: float = _SERVICE.up_delay_s
+    down_delay_s: float = _SERVICE.down_delay_s
+    interval_s: float = _SERVICE.interval_s
 
 
 @dataclass
 class ScaledRun:
-    """What happened: the fleet's own figures; seconds that requests waited for a slot; what was paid for.
+    """What was paid for.
 
     Attributes:
-        waits_s: in order of admission; replica_seconds: from each start's decision to its end; most_replicas: at once.
+        replica_seconds: from each start's decision to its end; most_replicas: at once.
     """
 
-    fleet: FleetRun
-    waits_s: list[float] = field(default_factory=list)
     replica_seconds: float = 0.0
     most_replicas: int = 0
-
-    def wait_s(self, percentile: float) -> float:
-        return float(np.percentile(self.waits_s, percentile))
 
 
 class ScaledFleet(FleetModel):
@@ -70,8 +63,7 @@ class ScaledFleet(FleetModel):
     def __init__(self, spec: FleetSpec, scaling: Scaling, seed: int = 0) -> None:
         super().__init__(spec, seed)
         self._scaling, self._paces = scaling, [Pace() for _ in self._replicas]
-        self._step_s = [0.0] * spec.num_replicas
-        self.scaled = ScaledRun(self.run)
+        self.scaled = ScaledRun()
         self._states: list[_State] = ["off"] * spec.num_replicas
         for index, replica in enumerate(self._replicas):
             replica.up = index < scaling.min_replicas
@@ -85,34 +77,17 @@ class ScaledFleet(FleetModel):
         self._pay()
         return run
 
-    def load_of(self, index: int) -> Load:
-        """What a replica reports."""
-        return _load(self._replicas[index].model, self._paces[index])
-
     def _load(self, index: int) -> float:
         if self._scaling.signal == "requests":
             return super()._load(index)
-        return self.load_of(index).seconds_left
-
-    def _start_step(self, index: int) -> None:
-        replica = self._replicas[index]
-        if replica.stepping or self._states[index] not in ("up", "leaving"):
-            return
-        free = replica.model.max_sequences - len(replica.model.running)
-        self.scaled.waits_s += [self._now - job.arrival_s for job in islice(replica.model.waiting, free)]
-        busy = self.run.busy_s
-        # To the router a replica that leaves is gone; to itself it is not.
-        replica.up = True
-        super()._start_step(index)
-        replica.up = self._states[index] == "up"
-        self._step_s[index] = self.run.busy_s - busy
+        return _load(self._replicas[index].model, self._paces[index]).seconds_left
 
     def _replica_event(self, kind: Kind, index: int) -> None:
         if kind == "step":
             part = [sequence for sequence in self._replicas[index].model.running if sequence.takes_part]
             tokens = math.fsum(s.job.answer.block_size / s.job.answer.steps[s.block] for s in part)
-            self._paces[index].note_step(tokens, len(part), self._step_s[index])
-        elif kind == "up":
+            self._paces[index].note_step(tokens, len(part), self._replicas[index].step_s)
+        elif kind == "up" and self._states[index] == "starting":
             self._states[index] = "up"
         done = len(self.run.ends)
         super()._replica_event(kind, index)
@@ -124,7 +99,7 @@ class ScaledFleet(FleetModel):
         self._at(self._now + self._scaling.interval_s, "tick")
         for index, replica in enumerate(self._replicas):
             if self._states[index] == "leaving" and not replica.model.num_jobs:
-                self._states[index] = "off"
+                self._states[index], replica.up, replica.leaving = "off", False, False
         self._resize()
 
     def _resize(self) -> None:
@@ -143,14 +118,19 @@ class ScaledFleet(FleetModel):
             for index in sorted(there, key=lambda index: self._replicas[index].model.num_jobs)[
                 : len(there) - wanted
             ]:
-                replica = self._replicas[index]
-                replica.up, replica.epoch = False, replica.epoch + (self._states[index] == "starting")
-                self._states[index] = "leaving"
+                self._end(index)
             return
         free = [index for index, state in enumerate(self._states) if state == "off"]
         for index in free[: wanted - len(there)]:
             self._states[index], self._paces[index] = "starting", Pace()
             self._at(self._now + scaling.start_s, "up", index, self._replicas[index].epoch)
+
+    def _end(self, index: int) -> None:
+        replica = self._replicas[index]
+        if self._states[index] == "starting":
+            self._states[index], replica.epoch = "off", replica.epoch + 1
+        else:
+            self._states[index], replica.leaving = "leaving", True
 
     def _wanted(self) -> int:
         live = [index for index, state in enumerate(self._states) if state in ("up", "leaving")]
@@ -158,7 +138,7 @@ class ScaledFleet(FleetModel):
             return math.ceil(
                 sum(self._replicas[index].model.num_jobs for index in live) / self._scaling.target
             )
-        return wanted_replicas([self.load_of(index).seconds_left for index in live], self._scaling.target)
+        return wanted_replicas([self._load(index) for index in live], self._scaling.target)
 
     def _pay(self) -> None:
         paid = sum(state != "off" for state in self._states)
@@ -172,7 +152,7 @@ def burst(source: AnswerSource, rates: Sequence[tuple[float, float]], seed: int)
     answers, jobs, start = generator(seed, "answers"), list[Job](), 0.0
     for phase, (rate, seconds) in enumerate(rates):
         count = math.ceil(rate * seconds + 6 * math.sqrt(rate * seconds) + 6)
-        due = [at for at in arrivals(rate, count, seed + phase) if at < seconds]
+        due = [at for at in arrivals(rate, count, derive_seed(seed, "phase", phase)) if at < seconds]
         jobs += [Job(start + at, source.draw(answers)) for at in due]
         start += seconds
     return jobs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fewstep.cluster.plan.answers import ProfiledAnswers
 from fewstep.cluster.plan.devices import DEVICES, Device
 from fewstep.cluster.plan.fleet_model import FleetModel, FleetRun, FleetSpec, burst_jobs, poisson_jobs
-from fewstep.cluster.plan.push import push_of
+from fewstep.cluster.plan.push import load_s
 from fewstep.cluster.plan.settings import PlanConfig, PolicyProfile
 from fewstep.cluster.plan.step_cost import Roofline
 
@@ -127,7 +127,7 @@ def _confirmed(
             mean_s_between_failures=fleet.mean_hours_between_failures * 3600,
             restart_s=fleet.restart_s,
             push_every_s=fleet.push_every_s,
-            push_s=push_of(config, num_replicas).load_s,
+            push_s=load_s(config),
         )
         run = _run_at(config, whole, source, wanted * simulated / num_replicas)
         if run.latency_s(95, _WARM_UP) <= config.workload.p95_s:

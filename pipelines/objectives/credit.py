@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.actors.trainer import Objective
+from fewstep.actors.trainer_rank import Objective
 from fewstep.pipelines.estimators import Estimator
 from fewstep.platform.records import Rollout
 
@@ -28,7 +28,7 @@ class RefineObjective(Objective, Protocol):
     """The two halves of an on-policy objective.
 
     `credit` runs on the driver: one group of rollouts of one prompt in, their credits out; `progress` is the share
-    of the run that lies behind. `loss` runs in the trainer (`actors/trainer.py: Objective`). `estimator` names the
+    of the run that lies behind. `loss` runs in the trainer (`actors/trainer_rank.py: Objective`). `estimator` names the
     states the loss is evaluated on.
 
     Two attributes ask the trainer for more, and may be absent: `has_reference` for `reference_logprob` in the rows'

@@ -14,7 +14,7 @@ MAX_LOG_RATIO = 10.0
 """Log-ratios are clamped to ±this (TraceRL's code)."""
 
 FLAT = 1e-6
-"""Rewards of a group that differ by no more teach nothing."""
+"""Spread of a group's rewards up to which they teach nothing."""
 
 KlForm = Literal["k2", "k3"]
 

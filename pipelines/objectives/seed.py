@@ -17,7 +17,7 @@ import torch
 from fewstep.kernels.model.training import RowTensors
 from fewstep.pipelines.estimators import Estimator, TrajectoryEstimator
 from fewstep.pipelines.objectives.credit import Credit, adjacent_surrogate, pairwise_surrogate
-from fewstep.pipelines.objectives.policy_gradient import KlForm, Penalty, clipped_surrogate
+from fewstep.pipelines.objectives.policy_gradient import FLAT, KlForm, Penalty, clipped_surrogate
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import Rollout
 
@@ -73,7 +73,7 @@ class Seed:
             for rollout, cost in zip(group, costs, strict=True)
         ]
         mean = sum(rewards) / len(rewards)
-        flat = max(rewards) - min(rewards) < 1e-9
+        flat = max(rewards) - min(rewards) <= FLAT
         return [
             Credit(rollout, reward, reward - mean, 0.0 if flat else 1.0)
             for rollout, reward in zip(group, rewards, strict=True)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.actors.own_process import told
 
 from fewstep.platform.mlflow_store import open_client, sqlite_uri
 
-# A process of its own: a cluster of two nodes cannot share a process with the sessions of other tests.
 PROGRAM = """
 import json, sys, time
 import ray
@@ -49,22 +46,14 @@ cluster.shutdown()
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_the_driver_logs_every_node_and_outlives_one_that_dies(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    name = told["name"]
-    assert set(told["hosts"]) == {"driver", name}
+    found, errors = told(PROGRAM, str(tmp_path))
+    name = found["name"]
+    assert set(found["hosts"]) == {"driver", name}
     assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"} <= set(
-        told["sample"]
+        found["sample"]
     )
     client = open_client(sqlite_uri(tmp_path), create=False)
-    own = client.get_metric_history(told["run"], "system/cpu_utilization_percentage")
-    other = client.get_metric_history(told["run"], f"system/{name}/cpu_utilization_percentage")
+    own = client.get_metric_history(found["run"], "system/cpu_utilization_percentage")
+    other = client.get_metric_history(found["run"], f"system/{name}/cpu_utilization_percentage")
     assert 1 <= len(other) < len(own), "the dead node's samples end, the driver's go on"
-    assert f"system metrics of {name} end here" in done.stderr
+    assert f"system metrics of {name} end here" in errors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.actors.trainer import TrainerGroup, _micro_batches
+from fewstep.actors.trainer import TrainerGroup
+from fewstep.actors.trainer_rank import _micro_batches
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.config import ModelConfig
@@ -116,13 +119,23 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_a_dead_rank_is_named_with_its_cause() -> None:
-    import os
-    import signal
-
     group = TrainerGroup(CONFIG, 7, TrainerSettings(), OBJECTIVE, num_cpus=0.5)
     try:
         os.kill(group.pids()[0], signal.SIGKILL)
-        with pytest.raises(ActorDied, match="trainer rank died"):
+        with pytest.raises(
+            ActorDied,
+            match=r"trainer rank 0 died: its process \(pid \d+\) was killed or crashed .*; its last phase: update",
+        ):
+            group.update(_samples(0), 1e-2)
+    finally:
+        group.close()
+
+
+def test_the_rank_that_died_is_named_and_not_the_one_that_waited_for_it() -> None:
+    group = TrainerGroup(CONFIG, 7, TrainerSettings(num_ranks=2), OBJECTIVE, num_cpus=0.5)
+    try:
+        os.kill(group.pids()[1], signal.SIGKILL)
+        with pytest.raises(ActorDied, match="trainer rank 1 died: its process"):
             group.update(_samples(0), 1e-2)
     finally:
         group.close()

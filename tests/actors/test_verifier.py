@@ -1,18 +1,15 @@
 """The same answers through both verifiers: in order, with the sandbox's verdicts."""
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
+from tests.actors.own_process import told
 
 from fewstep.actors.verifier import LocalVerifier, Verifier, VerifierPool
 from fewstep.cluster.session import ray_session
 from fewstep.platform.records import Check, Task
 
-# A process of its own: a cluster of two nodes cannot share a process with the sessions of other tests.
 PLACED = """
 import json, os, signal
 import ray
@@ -115,11 +112,7 @@ class TestPool:
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_workers_and_their_replacements_are_where_they_were_placed() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PLACED], capture_output=True, text=True, check=False, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert told["placed"] == told["again"] == told["asked"]
-    assert told["passed"]
-    assert told["replaced"] == 1
+    found, _ = told(PLACED)
+    assert found["placed"] == found["again"] == found["asked"]
+    assert found["passed"]
+    assert found["replaced"] == 1

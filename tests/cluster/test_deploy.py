@@ -22,6 +22,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from tests.actors.serving.tiny import save_tiny
+from tests.waiting import eventually
 
 from fewstep.actors.serving.keys import make_key, write_keys
 from fewstep.cluster import deploy, session
@@ -218,20 +219,15 @@ def test_a_killed_replica_is_not_missed(client: OpenAI) -> None:
     for _ in range(20):
         patient.completions.create(model="tiny", prompt="abc")
         time.sleep(0.05)
-    deadline = time.monotonic() + 60
-    while len(replicas()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    eventually(lambda: len(replicas()) == 2)
 
 
 @pytest.mark.ray
 def test_killed_engines_end_their_streams_with_the_reason_and_are_replaced(
     client: OpenAI, endpoint: ServedEndpoint
 ) -> None:
-    deadline = time.monotonic() + 120
-    while len(engines := _engines()) < 2:  # one may still be starting
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    eventually(lambda: len(_engines()) == 2, 120)  # one may still be starting
+    engines = _engines()
     asked = {name: value for name, value in LONG.items() if name != "fewstep"}
     with client.completions.create(**asked, stream=True, extra_body={"fewstep": LONG["fewstep"]}) as stream:
         next(stream)
@@ -240,10 +236,8 @@ def test_killed_engines_end_their_streams_with_the_reason_and_are_replaced(
         with pytest.raises(openai.APIError, match="SIGKILL") as caught:
             list(stream)
     assert "engine died" in caught.value.message
-    deadline = time.monotonic() + 120
-    while engines.keys() & (now := _engines()).keys() or len(now) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    eventually(lambda: len(_engines().keys() - engines.keys()) == 2, 120)
+    assert not engines.keys() & _engines().keys()
     # Both replicas are gone with what was left of their engines; the new ones answer as soon as they have read the model.
     patient = client.with_options(max_retries=4)
     for _ in range(6):

@@ -9,14 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from tests.cluster.hosts import ROOT, Hosts, open_hosts
+from tests.waiting import eventually
 
 from fewstep.__main__ import main
 from fewstep.cluster.lifecycle import up as lifecycle
@@ -208,13 +208,6 @@ def test_a_worker_that_misses_its_deadline_is_ended_with_what_was_written_for_it
         lifecycle._start_worker(config, "near")
     assert not remote.exists()
     assert all(f"--address=127.0.0.1:{config.port}" not in words for words in commands())
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def commands() -> Iterator[str]:

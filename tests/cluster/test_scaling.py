@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.waiting import eventually
 
 from fewstep.__main__ import main
 from fewstep.actors.serving.scaling_config import ScalingConfig
@@ -36,13 +35,6 @@ def ask(client: httpx.Client, prompt: str, max_tokens: int = 40) -> str:
     return str(answer.json()["choices"][0]["text"])
 
 
-def eventually(true: Callable[[], bool], seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def running() -> int:
     from ray import serve
 
@@ -57,7 +49,7 @@ def test_replicas_come_with_the_load_and_go_with_it_and_no_request_is_lost() -> 
     config = ServeConfig(port=0, cpus_per_replica=0.5, max_sequences=4, scaling=scaling)
     stop, answers = threading.Event(), list[str]()
 
-    def client(number: int) -> None:
+    def client() -> None:
         with httpx.Client(base_url=endpoint.url) as http:
             while not stop.is_set():
                 answers.append(ask(http, PROMPT, max_tokens=40))
@@ -67,9 +59,9 @@ def test_replicas_come_with_the_load_and_go_with_it_and_no_request_is_lost() -> 
         assert "return" in alone
         assert running() == 1
         with ThreadPoolExecutor(12) as pool:
-            clients = [pool.submit(client, number) for number in range(12)]
+            clients = [pool.submit(client) for _ in range(12)]
             try:
-                eventually(lambda: running() == 2 or any(future.done() for future in clients))
+                eventually(lambda: running() == 2 or any(future.done() for future in clients), 240)
             finally:
                 stop.set()
             for future in clients:
@@ -83,7 +75,7 @@ def test_replicas_come_with_the_load_and_go_with_it_and_no_request_is_lost() -> 
             calm.append(ask(http, PROMPT))
             return running() == 1
 
-        eventually(one_left)
+        eventually(one_left, 240)
         assert set(calm) == {alone}
 
 
@@ -109,6 +101,7 @@ def test_a_prompts_beginning_has_a_home_among_replicas() -> None:
         (["front=replicas", "routing=prefix"], "routing=prefix"),
         (["num_replicas=2", "scaling.max_replicas=2"], "num_replicas"),
         (["scaling.min_replicas=3", "scaling.max_replicas=2"], "max_replicas"),
+        (["scaling.min_replicas=3", "scaling.max_replicas=3"], "set num_replicas"),
         (["scaling.max_replica=2"], "did you mean scaling.max_replicas?"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -111,7 +110,6 @@ def _assert_token_is_demanded(address: str) -> None:
     assert "token" in stranger.stderr.lower()
 
 
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 DRIVER = textwrap.dedent(
     """
     import ray, sys, time
@@ -137,25 +135,41 @@ def test_nothing_outlives_a_signalled_driver(number: signal.Signals, code: int) 
         assert len(started) >= 5
         driver.send_signal(number)
         assert driver.wait(30) == code
-    agents = {p for p in started if _command(p).startswith(AGENTS)} if number == signal.SIGKILL else set()
-    must_end = {pid: start for pid, start in started.items() if pid not in agents}
     deadline = time.monotonic() + 10
-    while session_module._alive(must_end) and time.monotonic() < deadline:
+    while (session_module._alive(started) or logs.parents[1].exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert session_module._alive(must_end) == []
-    if number == signal.SIGKILL:
-        shutil.rmtree(logs.parents[1])
-        # Ray gives its agents a minute; the test does not.
-        session_module.end_processes({pid: started[pid] for pid in agents}, 0.0)
-    else:
-        assert not logs.parents[1].exists()
+    assert session_module._alive(started) == []
+    assert not logs.parents[1].exists()
 
 
-def _command(pid: int) -> str:
+def test_the_guard_ends_who_writes_into_the_folder_and_nobody_else(tmp_path: Path) -> None:
+    log = tmp_path / "session" / "log"
+    log.parent.mkdir()
+    log.touch()
+    with log.open("a") as file, log.open() as seen:
+        writer = subprocess.Popen(["sleep", "60"], stdout=file, start_new_session=True)
+        reader = subprocess.Popen(["sleep", "60"], stdin=seen)
+    driver = textwrap.dedent(
+        f"""
+        import os, signal
+        from pathlib import Path
+        from fewstep.cluster.session_guard import guarded
+        with guarded(Path({str(log.parent)!r})):
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
+        assert subprocess.run([sys.executable, "-c", driver], check=False).returncode == -signal.SIGKILL
+        assert writer.wait(20) == -signal.SIGKILL
+        assert reader.poll() is None
+        deadline = time.monotonic() + 10
+        while log.parent.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not log.parent.exists()
+    finally:
+        for process in (writer, reader):
+            process.kill()
+            process.wait()
 
 
 def test_a_ray_that_does_not_start_is_one_clear_line_and_leaves_nothing() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.serving.chat import ChatTemplate
-from fewstep.actors.trainer import LogprobSource, Metrics
+from fewstep.actors.trainer_rank import LogprobSource, Metrics
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.kernels.model.checkpoint import embedded_model, load_model, save_model
 from fewstep.kernels.rows import SampleRows

@@ -233,7 +233,7 @@ def test_a_broken_verifier_is_no_lost_quality(engine: Engine) -> None:
         FewstepError, match="static_1: the verifier itself failed on 1 of 4 answers: no zygote"
     ):
         measure(asked, [], engine.generate, verify, engine.tokenizer)
-    judged: list[tuple[Outcome, str]] = [("passed", "")] * 19 + [("sandbox_error", "no zygote")]
+    judged = [verdict("passed")] * 19 + [broken]
     refuse_broken(judged, "a twentieth")
     refuse_broken(judged[-2:], "few", forgiven=1)
     with pytest.raises(FewstepError, match="failed on 1 of 19"):

@@ -24,7 +24,6 @@ from fewstep.platform.errors import CheckpointError, ConfigError, ResourceError
 from fewstep.platform.mlflow_registry import (
     alias_address,
     find_model,
-    mlflow_model_folder,
     model_facts,
     move_alias,
 )
@@ -164,12 +163,12 @@ def test_the_alias_moves_and_each_address_gives_its_folder(uri: str, folder: Pat
     second = write_model(tmp_path / "second", seed=2)
     with open_run(uri) as tracker:
         publish(tracker, folder, name="moves")
-        assert digests(mlflow_model_folder("models:/moves@champion", uri)) == digests(folder)
+        assert digests(find_model("models:/moves@champion", uri).folder) == digests(folder)
         publish(tracker, second, name="moves")
-    assert digests(mlflow_model_folder("models:/moves@champion", uri)) == digests(second)
-    assert digests(mlflow_model_folder("models:/moves/1", uri)) == digests(folder)
+    assert digests(find_model("models:/moves@champion", uri).folder) == digests(second)
+    assert digests(find_model("models:/moves/1", uri).folder) == digests(folder)
     model_id = open_client(uri, create=False).get_model_version("moves", "1").tags["logged_model"]
-    assert digests(mlflow_model_folder(f"models:/{model_id}", uri)) == digests(folder)
+    assert digests(find_model(f"models:/{model_id}", uri).folder) == digests(folder)
 
 
 def test_a_model_that_cannot_be_packed_gets_no_version(uri: str, folder: Path, tmp_path: Path) -> None:
@@ -215,15 +214,15 @@ def test_a_checkpoint_is_pointed_to_and_answers_as_long_as_its_weights_are_there
     packed = Path(logged.artifact_location.removeprefix("file://"))
     assert list(packed.rglob("*.safetensors")) == [], "the weights were copied"
     address = f"models:/{logged.model_id}"
-    assert mlflow_model_folder(address, uri) == own
+    assert find_model(address, uri).folder == own
     answers = ask_in_a_fresh_process(address, uri, tmp_path / "elsewhere")
     assert answers["list"] == engine_answers(own, POLICY, 64)
     write_model(own, seed=4)
     with pytest.raises(CheckpointError, match="other weights"):
-        mlflow_model_folder(address, uri)
+        find_model(address, uri)
     shutil.rmtree(own)
     with pytest.raises(CheckpointError, match="no weights"):
-        mlflow_model_folder(address, uri)
+        find_model(address, uri)
 
 
 def test_an_alias_that_moves_does_not_move_what_was_found(uri: str, folder: Path, tmp_path: Path) -> None:
@@ -271,10 +270,10 @@ def test_an_address_that_leads_nowhere_names_those_that_do(uri: str, folder: Pat
         publish(tracker, folder, name="known")
     for address in ("models:/unknown@champion", "models:/known@candidate", "models:/known/99"):
         with pytest.raises(ConfigError, match="models:/known@champion") as refused:
-            mlflow_model_folder(address, uri)
+            find_model(address, uri)
         assert address in str(refused.value)
     with pytest.raises(ConfigError, match="models:/NAME@ALIAS"):
-        mlflow_model_folder("models:/known", uri)
+        find_model("models:/known", uri)
 
 
 def test_a_store_that_lost_its_files_says_so(tmp_path: Path, folder: Path) -> None:
@@ -283,7 +282,7 @@ def test_a_store_that_lost_its_files_says_so(tmp_path: Path, folder: Path) -> No
         publish(tracker, folder, name="moved")
     before.rename(after)
     with pytest.raises(CheckpointError, match="moved run folder"):
-        mlflow_model_folder("models:/moved@champion", sqlite_uri(after))
+        find_model("models:/moved@champion", sqlite_uri(after))
 
 
 def test_without_a_registry_the_folder_is_the_address(folder: Path) -> None:
@@ -303,11 +302,11 @@ def test_a_server_by_address_does_all_of_it(
     with open_run(database_server) as tracker:
         tracker.log_metrics({"train/loss": 1.0}, step=0)
         model_uri = publish(tracker, folder, name="remote")
-    fetched = mlflow_model_folder(model_uri, database_server)
+    fetched = find_model(model_uri, database_server).folder
     assert fetched.is_relative_to(tmp_path / "cache")
     assert digests(fetched) == digests(folder)
     written = (fetched / "model.safetensors").stat().st_mtime_ns
-    assert mlflow_model_folder(model_uri, database_server) == fetched
+    assert find_model(model_uri, database_server).folder == fetched
     assert (fetched / "model.safetensors").stat().st_mtime_ns == written, "fetched twice"
     run = open_client(database_server, create=False).get_run(tracker.run_id)
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)

@@ -18,7 +18,7 @@ from tests.pipelines.small_run import IdleTrainer
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.serving.chat import ChatTemplate
-from fewstep.actors.trainer import Metrics
+from fewstep.actors.trainer_rank import Metrics
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import embedded_model, load_model

@@ -16,7 +16,7 @@ from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
 from fewstep.actors.judges import JudgeChoice
 from fewstep.actors.serving.chat import ChatTemplate
-from fewstep.actors.trainer import LogprobSource, Metrics
+from fewstep.actors.trainer_rank import LogprobSource, Metrics
 from fewstep.actors.verifier import LocalVerifier
 from fewstep.kernels.model.checkpoint import embedded_model, load_model, load_state
 from fewstep.kernels.rows import SampleRows

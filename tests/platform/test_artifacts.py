@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import signal
 import subprocess
+import sys
+import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,3 +124,60 @@ def test_machine_is_described() -> None:
     assert isinstance(info["memory_bytes"], int)
     assert info["memory_bytes"] > 100 * 2**20
     assert info["cpu"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_that_is_replaced_holds_the_new_content_and_no_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    if not at_once:  # as on a file system that cannot
+        monkeypatch.setattr(artifacts, "_exchange", lambda one, two: False)
+    target = tmp_path / "checkpoint"
+    for number in range(3):
+        with artifacts.atomic_folder(target) as temporary:
+            (temporary / "step").write_text(str(number))
+        assert (target / "step").read_text() == str(number)
+        assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_is_replaced_is_never_missing(tmp_path: Path) -> None:
+    """A driver that is killed in the middle would find no checkpoint to go on from."""
+    target, stop, missing = tmp_path / "checkpoint", threading.Event(), []
+    target.mkdir()
+
+    def look() -> None:
+        while not stop.is_set():
+            if not target.is_dir():
+                missing.append(time.monotonic())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for _ in range(300):
+            with artifacts.atomic_folder(target):
+                pass
+    finally:
+        stop.set()
+        reader.join()
+    assert missing == []
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        f"""
+        import os, signal
+        from pathlib import Path
+        from fewstep.platform.artifacts import atomic_file, atomic_folder
+        out = Path({str(tmp_path)!r})
+        with atomic_folder(out / "models" / "step") as folder, atomic_file(out / "report.json") as file:
+            (folder / "weights").write_text("half")
+            file.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    (tmp_path / ".hidden").touch()
+    with artifacts.atomic_folder(tmp_path / "mine") as unfinished:
+        assert len(list(tmp_path.rglob(".*"))) == 4
+        artifacts.remove_unfinished(tmp_path)
+        assert set(tmp_path.rglob(".*")) == {tmp_path / ".hidden", unfinished}

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, closing
 from functools import partial
@@ -21,6 +20,7 @@ from tests.actors.engine import child_engines
 from tests.actors.engine.child_engines import LONG, BrokenEngine, SteppedEngine
 from tests.actors.engine.reference.models import VERSION, build_model, engine_of
 from tests.actors.engine.reference.requests import draw_request
+from tests.waiting import eventually
 
 from fewstep.actors.engine.host import EngineHost, _Reader
 from fewstep.actors.engine.request import Request, Update
@@ -59,13 +59,6 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     os.close(descriptor)
 
 
-def until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 async def collect(host: EngineHost, request: Request) -> list[Update]:
     return [update async for update in host.submit(request)]
 
@@ -92,11 +85,12 @@ def test_concurrent_readers_get_what_each_would_get_alone(host: EngineHost) -> N
 
 
 @pytest.mark.parametrize("way", ["leave the loop", "cancel the task"])
-def test_a_reader_that_goes_away_frees_its_slot_within_one_step(gate: Gate, way: str) -> None:
-    host = gate.host
+@pytest.mark.parametrize("watch", [False, True])
+def test_a_reader_that_goes_away_frees_its_slot_within_one_step(gate: Gate, way: str, watch: bool) -> None:
+    host, asked = gate.host, dataclasses.replace(LONG, watch=watch)
 
     async def leave() -> None:
-        async with aclosing(host.submit(LONG)) as updates:  # type: ignore[type-var]
+        async with aclosing(host.submit(asked)) as updates:  # type: ignore[type-var]
             async for _ in updates:
                 return
 
@@ -104,7 +98,7 @@ def test_a_reader_that_goes_away_frees_its_slot_within_one_step(gate: Gate, way:
         started = asyncio.Event()
 
         async def read() -> None:
-            async for _ in host.submit(LONG):
+            async for _ in host.submit(asked):
                 started.set()
 
         task = asyncio.create_task(read())
@@ -117,7 +111,7 @@ def test_a_reader_that_goes_away_frees_its_slot_within_one_step(gate: Gate, way:
     asyncio.run(leave() if way == "leave the loop" else cancel())
     # The engine stands before its sixth step; the seventh may begin while the leaving is being read.
     gate.allow(100)
-    until(lambda: host.stats()["running"] == 0)
+    eventually(lambda: host.stats()["running"] == 0)
     assert int(host.stats()["forwards"]) <= 7
     assert host.measures()["pages_free"] + host.measures()["pages_cached"] == host.measures()["pages_total"]
 
@@ -180,7 +174,7 @@ def test_weights_that_do_not_fit_or_cannot_be_read_leave_the_old_ones(
     assert (host.stats()["weight_version"], host.weight_swaps) == (str(VERSION), 0)
     assert asyncio.run(collect(host, LONG))[-1].trajectory is not None
     # What the child logs is in this process's log.
-    until(lambda: "the weights cannot be read" in capfd.readouterr().err)
+    eventually(lambda: "the weights cannot be read" in capfd.readouterr().err)
 
 
 def test_logits_that_are_no_numbers_fail_the_request_and_not_the_engine(host: EngineHost) -> None:
@@ -304,7 +298,7 @@ def test_a_reader_whose_loop_is_closed_is_dropped(gate: Gate) -> None:
     loop.close()
     gate.host._send(("open", gate.host._enter(gate.host._readers, reader), LONG))
     gate.allow(LONG.max_tokens)
-    until(lambda: int(gate.host.stats()["forwards"]) > 0 and gate.host.stats()["running"] == 0)
+    eventually(lambda: int(gate.host.stats()["forwards"]) > 0 and gate.host.stats()["running"] == 0)
     assert int(gate.host.stats()["forwards"]) < LONG.max_tokens
 
 

@@ -117,7 +117,7 @@ def test_a_source_knows_its_version_and_alias(source: ModelSource, versions: str
 def test_weights_swap_under_load_without_a_lost_request(
     service: CompletionService, source: ModelSource, versions: str
 ) -> None:
-    follower = AliasFollower(service, source, ENGINE, 0.05)
+    follower = AliasFollower(service, source, "saved", 0.05)
     failures: list[str] = []
     texts: set[str] = set()
     done = threading.Event()
@@ -170,7 +170,7 @@ def test_weights_swap_under_load_without_a_lost_request(
 def test_a_version_that_cannot_serve_is_refused_and_the_old_one_stays(
     service: CompletionService, source: ModelSource, versions: str, number: int, says: str
 ) -> None:
-    follower = AliasFollower(service, source, ENGINE, 60)
+    follower = AliasFollower(service, source, "saved", 60)
     with listening(service) as url:
         before = ask(url)
         move_alias(f"models:/served/{number}", "champion", versions, {})
@@ -193,7 +193,7 @@ def test_the_swapped_weights_are_the_versions_own(
     service: CompletionService, source: ModelSource, versions: str
 ) -> None:
     move_alias("models:/served/2", "champion", versions, {})
-    assert AliasFollower(service, source, ENGINE, 60).check()
+    assert AliasFollower(service, source, "saved", 60).check()
     (fresh_source,) = model_sources("models:/served/2", "", versions)
     fresh = load_service(fresh_source, DecodePolicy(), 24, ENGINE, num_threads=1)
     try:
@@ -217,7 +217,7 @@ def test_a_registry_that_is_gone_leaves_the_weights(
         source.name, source.folder, source.address, source.alias, sqlite_uri(tmp_path / "nowhere")
     )
     with pytest.raises((ConfigError, ResourceError)):
-        AliasFollower(service, gone, ENGINE, 60).check()
+        AliasFollower(service, gone, "saved", 60).check()
     assert service.host.measures()["weight_swaps"] == 0
 
 

@@ -240,7 +240,7 @@ def test_answers_that_nobody_reads_leave_nothing_behind(start: Start, service: C
             pass
     until(lambda: desk.num_open == 0 and service.host.stats()["running"] == 0)
     line = desk._lines[service.host]
-    assert (line.admission.num_running, line.admission.num_waiting) == (0, 0)
+    assert (line.num_running, line.num_waiting) == (0, 0)
 
 
 def test_the_log_has_numbers_and_no_text_unless_asked(start: Start, tmp_path: Path) -> None:

@@ -1,0 +1,272 @@
+"""One trainer rank: a DeepSpeed engine over the shared transformer, its optimiser and its moving average.
+
+A plain class (usable in one process for debugging); `actors/trainer.py` runs it as Ray actors. The loss is an *objective*
+plug-in, named by a dotted path, so this floor knows no job:
+
+    objective.loss(logprob [m], entropy [m], rows: RowTensors) -> (scalar loss, metrics)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fewstep.actors.trainer_settings import TrainerSettings
+from fewstep.kernels.model.checkpoint import load_model
+from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.training import RowTensors, TrainingModel
+from fewstep.kernels.model.transformer import Transformer
+from fewstep.kernels.rows import RowBatch, SampleRows
+from fewstep.platform.ports import free_port
+from fewstep.platform.registry import resolve
+
+Metrics = dict[str, float]
+LogprobSource = Literal["current", "reference"]
+
+
+class Objective(Protocol):
+    """What a training update minimises; weights in `rows` are already normalised over the whole batch."""
+
+    def loss(
+        self, logprob: torch.Tensor, entropy: torch.Tensor, rows: RowTensors
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]: ...
+
+
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW that can be told to leave everything as it is: moments, count of steps and weights.
+
+    Attributes:
+        skip: the next steps do nothing.
+    """
+
+    skip = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.skip else super().step(closure)
+
+
+class TrainerRank:
+    """One rank: a DeepSpeed engine, its optimiser and the optional moving average.
+
+    Args:
+        config: the model's sizes.
+        initial: a model folder to start from, or an integer seed for fresh weights.
+        settings: see TrainerSettings.
+        objective: dotted path of an Objective factory, called with `options`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        initial: Path | int,
+        settings: TrainerSettings,
+        objective: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        torch.set_num_threads(1)
+        self._settings, self._config = settings, config
+        self._objective: Objective = resolve("objective", objective, {})(**options)
+        self._initial = initial
+        self._reference: TrainingModel | None = None
+        transformer = _transformer(config, initial)
+        transformer.gradient_checkpointing = settings.gradient_checkpointing
+        self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled)
+        self._ema = (
+            {n: p.detach().clone() for n, p in transformer.state_dict().items()}
+            if settings.ema_decay
+            else None
+        )
+        self._updates = 0
+
+    def connect(self, rank: int, address: str, port: int) -> None:
+        """Join the process group and build the DeepSpeed engine; every rank must call it at the same time."""
+        settings = self._settings
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(settings.num_ranks),
+            LOCAL_SIZE=str(settings.num_ranks),
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+        )
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # The shared-memory collective is compiled on first use (80 s, and a killed compile leaves a lock that hangs
+        # every later start); gloo's own all-reduce is as fast at these sizes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        self._optimizer = SkippingAdamW(
+            _decay_groups(self._model, settings.weight_decay), lr=0.0, betas=settings.betas, fused=True
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=self._model,
+            optimizer=self._optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": settings.max_grad_norm,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": settings.zero_stage},
+                "steps_per_print": 10**9,
+            },
+        )
+
+    def update(
+        self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None
+    ) -> Metrics:
+        """One optimiser step on this rank's share of a batch.
+
+        Args:
+            samples: rows whose weights are normalised over the batch of all ranks.
+            block_size: override of the model's own (the warm-up over block sizes).
+        Returns:
+            the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (of all ranks together, before
+            clipping), `rows`, `targets`, and `skipped`: 1 if the gradient was not finite, so that nothing was changed.
+        """
+        if self._config.logit_shift and any((s.targets[s.positions == 0] >= 0).any() for s in samples):
+            raise ValueError("position 0 is a target, and in a model with shifted logits no row predicts it")
+        engine = self._engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        totals: Metrics = {"loss": 0.0, "rows": 0.0, "targets": 0.0}
+        if self._config.attention_kind == "bidirectional":
+            samples = [sample.states_only() for sample in samples]
+        batches = list(_micro_batches(samples, self._settings.micro_rows))
+        for index, batch in enumerate(batches):
+            engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            rows = RowTensors.of(batch)
+            logprob, entropy = engine(
+                rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
+                block_size or self._config.sees_block, rows.documents,
+            )  # fmt: skip
+            loss, metrics = self._objective.loss(logprob, entropy, rows)
+            # Gradients are averaged over ranks, weights are normalised over all of them: undo the division.
+            engine.backward(loss * self._settings.num_ranks)
+            if index == len(batches) - 1 and self._settings.zero_stage == 0:
+                totals["grad_norm"] = self._grad_norm()
+                self._optimizer.skip = not math.isfinite(totals["grad_norm"])
+            engine.step()
+            totals["loss"] += float(loss.detach())
+            totals["rows"] += batch.num_rows
+            totals["targets"] += len(rows.targets)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        # ZeRO's optimiser keeps the gradients, skips by itself, and says -1 or inf for NaN.
+        if self._settings.zero_stage > 0:
+            norm = float(engine.get_global_grad_norm())
+            totals["grad_norm"] = norm if norm >= 0 else math.nan
+        totals["skipped"] = float(not math.isfinite(totals["grad_norm"]))
+        if totals["skipped"]:
+            return totals
+        self._updates += 1
+        self._average()
+        return totals
+
+    def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
+        """Log-probabilities of the targets under the weights as they are, or under those training started from.
+
+        The second model is read from the start when it is first asked for, and kept.
+
+        Returns:
+            float32 [R_sample] a sample, 0 where a row has no target.
+        """
+        if source == "reference" and self._reference is None:
+            frozen = _transformer(self._config, self._initial).eval().requires_grad_(False)
+            self._reference = TrainingModel(frozen, self._settings.precision)
+        model = self._model if source == "current" else self._reference
+        assert model is not None
+        bidirectional = self._config.attention_kind == "bidirectional"
+        shown = [sample.states_only() if bidirectional else sample for sample in samples]
+        results = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
+        for group in _grouped([len(sample.tokens) for sample in shown], self._settings.micro_rows):
+            rows = RowTensors.of(RowBatch.collate([shown[index] for index in group]))
+            with torch.no_grad():
+                values, _ = model(
+                    rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
+                    self._config.sees_block, rows.documents,
+                )  # fmt: skip
+            flat = np.zeros(rows.tokens.numel(), np.float32)
+            flat[rows.target_rows.numpy()] = values.float().numpy()
+            for index, own in zip(group, flat.reshape(tuple(rows.tokens.shape)), strict=True):
+                # States come last, so what a bidirectional model is not shown is the beginning.
+                size = len(shown[index].tokens)
+                results[index][len(results[index]) - size :] = own[:size]
+        return results
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights to publish (the moving average if one is kept)."""
+        if self._ema is not None:
+            return {name: tensor.clone() for name, tensor in self._ema.items()}
+        return {n: p.detach().clone() for n, p in self._model.transformer.state_dict().items()}
+
+    def save(self, folder: Path) -> None:
+        """Write engine, optimiser and average below `folder` (collective: all ranks call it)."""
+        self._engine.save_checkpoint(
+            str(folder), tag="trainer", client_state={"fewstep": {"ema": self._ema, "updates": self._updates}}
+        )
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote (collective)."""
+        _, client = self._engine.load_checkpoint(str(folder), tag="trainer")
+        self._ema, self._updates = client["fewstep"]["ema"], client["fewstep"]["updates"]
+
+    def endpoint(self) -> tuple[str, int]:
+        """A free loopback port of this process's host, for the rendezvous."""
+        return "127.0.0.1", free_port("127.0.0.1", 0)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def _grad_norm(self) -> float:
+        """Norm of the gradient averaged over ranks, before clipping; called at the boundary, before the step."""
+        norms = [p.grad.norm() for p in self._model.parameters() if p.grad is not None]
+        return float(torch.stack(norms).norm()) if norms else 0.0
+
+    def _average(self) -> None:
+        if self._ema is None or self._settings.ema_decay is None:
+            return
+        # Early on the average must forget the initial weights: (1 + n) / (10 + n) is the usual warm-up.
+        decay = min(self._settings.ema_decay, (1 + self._updates) / (10 + self._updates))
+        with torch.no_grad():
+            for name, parameter in self._model.transformer.state_dict().items():
+                self._ema[name].lerp_(parameter, 1 - decay)
+
+
+def _transformer(config: ModelConfig, initial: Path | int) -> Transformer:
+    if isinstance(initial, int):
+        transformer = Transformer(config)
+        transformer.initialise(initial)
+        return transformer
+    return load_model(initial, torch.float32)[0]
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _grouped(sizes: Sequence[int], micro_rows: int) -> list[list[int]]:
+    """Indices sorted by size and cut where the padded size would pass `micro_rows`."""
+    groups: list[list[int]] = [[]]
+    for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):
+        if groups[-1] and (len(groups[-1]) + 1) * sizes[index] > micro_rows:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def _micro_batches(samples: Sequence[SampleRows], micro_rows: int) -> list[RowBatch]:
+    """Samples of about equal length together."""
+    groups = _grouped([len(sample.tokens) for sample in samples], micro_rows)
+    return [RowBatch.collate([samples[index] for index in group]) for group in groups]
