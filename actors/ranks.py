@@ -10,11 +10,12 @@ import importlib
 import logging
 import os
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
-from fewstep.actors.engine.rendezvous import Rendezvous
+from fewstep.actors.deaths import cause_of_death
+from fewstep.actors.engine.rendezvous import MeetingPoint, Rendezvous
 from fewstep.platform.errors import ActorDied
 
 logger = logging.getLogger(__name__)
@@ -31,20 +32,23 @@ class RankActor:
     """One process with a rank's part of every model of the replica."""
 
     def __init__(self, num_threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(num_threads)
+        self._num_threads = num_threads
         logging.getLogger("fewstep").setLevel(logging.INFO)
 
-    def host(self) -> tuple[str, int]:
-        """Node id and process id."""
+    def node(self) -> str:
+        """Ray's id of the node it is on."""
         ray: Any = importlib.import_module("ray")
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+        found: str = ray.get_runtime_context().get_node_id()
+        return found
 
     def follow(self, place: Rendezvous, rank: int) -> None:
         """Be a rank of one model, until rank 0 or a peer is gone; then the whole process ends, and its sockets with it."""
+        # Here and not at the start, for which the replica may be waiting.
+        import torch
+
         from fewstep.actors.engine.sharded_model import follow
 
+        torch.set_num_threads(self._num_threads)
         try:
             follow(place, rank)
         finally:
@@ -52,25 +56,24 @@ class RankActor:
 
 
 class RankGroup:
-    """Ranks 1 and up of a replica; made in the replica's process, which is where they meet.
+    """Ranks 1 and up of a replica; made in the replica's process, whose engines are rank 0 of a model each. Without torch.
 
     Args:
-        num_ranks: rank 0, the caller's, included.
+        num_ranks: rank 0 included.
         num_models: each gets a group of its own.
         num_cpus: logical CPUs of each rank, and torch's threads, at least one.
+        one_node: they are all on the replica's; nobody else on the network needs to see them then.
         deadline_s: a rank that has not answered within it is lost.
     Raises:
         ActorDied: a rank did not start.
-    Attributes:
-        places: where the ranks of each model meet.
     """
 
-    def __init__(self, num_ranks: int, num_models: int, num_cpus: float, deadline_s: float) -> None:
+    def __init__(
+        self, num_ranks: int, num_models: int, num_cpus: float, *, one_node: bool, deadline_s: float
+    ) -> None:
         ray: Any = importlib.import_module("ray")
         groups: Any = importlib.import_module("ray.util.placement_group")
-        from fewstep.actors.engine.ranks import MeetingPoint
-
-        self._ray = ray
+        self._ray, self._num_ranks, self._deadline_s = ray, num_ranks, deadline_s
         actor: Any = ray.remote(
             num_cpus=num_cpus, max_restarts=0, max_task_retries=0, max_concurrency=num_models + _BESIDE
         )(RankActor)
@@ -79,19 +82,19 @@ class RankGroup:
             actor.options(**_in_bundle(own_group, rank)).remote(max(1, int(num_cpus)))
             for rank in range(1, num_ranks)
         ]
-        hosts = self._hosts()
-        here = ray.get_runtime_context().get_node_id()
-        # Nobody else on the network needs to see ranks that share a host.
-        alone = all(node == here for node, _ in hosts)
-        self._meeting = MeetingPoint(_LOOPBACK if alone else _address_of(ray, here))
-        self.places = [
-            self._meeting.rendezvous(f"model-{index}", num_ranks, deadline_s) for index in range(num_models)
-        ]
-        self._names = {
-            actor.follow.remote(place, rank): f"rank {rank} of {num_ranks} (pid {hosts[rank - 1][1]})"
-            for place in self.places
-            for rank, actor in enumerate(self._actors, start=1)
-        }
+        self._address = _LOOPBACK if one_node else self._address_for_all()
+        self._names: dict[Any, str] = {}
+
+    @contextmanager
+    def meeting(self) -> Iterator[MeetingPoint]:
+        """Send the ranks to where rank 0 of one more model will find them; it is to be started within the block.
+
+        One model after the other, because ranks wait at a meeting for a bounded time. They start meanwhile, too.
+        """
+        with closing(MeetingPoint(self._address, self._num_ranks, self._deadline_s)) as meeting:
+            for rank, actor in enumerate(self._actors, start=1):
+                self._names[actor.follow.remote(meeting.place, rank)] = f"rank {rank} of {self._num_ranks}"
+            yield meeting
 
     def check(self) -> None:
         """Whether all ranks live.
@@ -99,22 +102,20 @@ class RankGroup:
         Raises:
             ActorDied: names one that does not, and why.
         """
-        ended, _ = self._ray.wait(list(self._names), num_returns=1, timeout=0)
-        for reference in ended:
+        for reference in self._ray.wait(list(self._names), num_returns=1, timeout=0)[0]:
             try:
                 self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
-                raise ActorDied(self._names[reference], _words(error)) from error
+                raise ActorDied(self._names[reference], cause_of_death(error)) from error
             raise ActorDied(self._names[reference], "it left")
 
-    def _hosts(self) -> Sequence[tuple[str, int]]:
-        deadline = time.monotonic() + _START_S
+    def _address_for_all(self) -> str:
+        here = self._ray.get_runtime_context().get_node_id()
         try:
-            asked = [actor.host.remote() for actor in self._actors]
-            found: Sequence[tuple[str, int]] = self._ray.get(asked, timeout=deadline - time.monotonic())
+            nodes = self._ray.get([actor.node.remote() for actor in self._actors], timeout=_START_S)
         except self._ray.exceptions.RayError as error:
-            raise ActorDied("a rank", f"it did not start: {_words(error)}") from error
-        return found
+            raise ActorDied("a rank", f"it did not start: {cause_of_death(error)}") from error
+        return _LOOPBACK if set(nodes) == {here} else _address_of(self._ray, here)
 
 
 def _in_bundle(group: Any, rank: int) -> dict[str, Any]:
@@ -128,8 +129,3 @@ def _address_of(ray: Any, node_id: str) -> str:
     """As the cluster knows it; asked for the process's own, Ray would look for a way to the internet."""
     found: str = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
     return found
-
-
-def _words(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[-400:] or type(error).__name__

@@ -28,8 +28,8 @@ import torch
 from small_checkpoints import CONFIGS, write_small
 
 from fewstep.actors.engine.engine import Engine
-from fewstep.actors.engine.ranks import MeetingPoint, Ranks
-from fewstep.actors.engine.rendezvous import Rendezvous
+from fewstep.actors.engine.ranks import Ranks
+from fewstep.actors.engine.rendezvous import MeetingPoint, Rendezvous
 from fewstep.actors.engine.request import Request
 from fewstep.actors.engine.sharded_model import end, follow, load_sharded
 from fewstep.kernels.model.checkpoint import load_model
@@ -124,13 +124,14 @@ def _load_memory(folder: Path, *rank: int) -> dict[str, int]:
 
 @contextmanager
 def _ranks(num_ranks: int) -> Iterator[Ranks]:
-    place = MeetingPoint("127.0.0.1")
-    rendezvous = place.rendezvous("bench", num_ranks, DEADLINE_S)
+    meeting = MeetingPoint("127.0.0.1", num_ranks, DEADLINE_S)
     spawn = multiprocessing.get_context("spawn")
-    others = [spawn.Process(target=_follow, args=(rendezvous, r), daemon=True) for r in range(1, num_ranks)]
+    others = [
+        spawn.Process(target=_follow, args=(meeting.place, r), daemon=True) for r in range(1, num_ranks)
+    ]
     for process in others:
         process.start()
-    ranks = Ranks(rendezvous, 0)
+    ranks = Ranks(meeting.place, 0, listener=meeting.detach())
     try:
         yield ranks
     finally:

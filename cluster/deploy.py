@@ -244,7 +244,7 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
         stack.enter_context(ray_session(address=config.address, need=need))
         return
     # Logical CPUs: two replicas of one CPU may share a core, so the session is never smaller than the need.
-    most = config.most_replicas * config.cpus_per_replica
+    most = config.most_replicas * config.tensor_parallel * config.cpus_per_replica
     cpus = max(math.ceil(most), len(os.sched_getaffinity(0)))
     stack.enter_context(ray_session(cpus, need=need))
 

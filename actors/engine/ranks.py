@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -38,38 +39,22 @@ _MEETING = timedelta(seconds=180)
 _NO_DEADLINE = timedelta(days=3650)
 
 
-class MeetingPoint:
-    """The store that introduces ranks; it lives in the process that starts them, for as long as they do.
-
-    Args:
-        address: to listen on, and on no other.
-    """
-
-    def __init__(self, address: str) -> None:
-        listener = socket.create_server((address, 0))
-        self.address, self.port = address, int(listener.getsockname()[1])
-        self._store = TCPStore(
-            address, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-
-    def rendezvous(self, name: str, num_ranks: int, deadline_s: float) -> Rendezvous:
-        """A place for the ranks of one model."""
-        return Rendezvous(self.address, self.port, num_ranks, name, deadline_s)
-
-
 class Ranks:
     """One process's end of the group.
 
     Args:
         rank: 0 leads.
         device: of the tensors that are summed.
+        listener: rank 0's, a descriptor of the socket at the place; the ranks' store answers on it until rank 0 ends.
     Raises:
         ActorDied: not all ranks came within three minutes.
     Attributes:
         address: this host's, as the other ranks see it.
     """
 
-    def __init__(self, place: Rendezvous, rank: int, device: torch.device = CPU) -> None:
+    def __init__(
+        self, place: Rendezvous, rank: int, device: torch.device = CPU, listener: int | None = None
+    ) -> None:
         self.rank, self.num_ranks, self.device = rank, place.num_ranks, device
         self.address = _address_towards(place.address, place.port)
         self._deadline = timedelta(seconds=place.deadline_s)
@@ -77,8 +62,12 @@ class Ranks:
         self._turn = threading.RLock()
         self._closing = threading.Event()
         try:
-            store = TCPStore(place.address, place.port, is_master=False, timeout=_MEETING)
-            self._store: Any = PrefixStore(place.name, store)
+            leading: dict[str, Any] = (
+                {} if listener is None else {"is_master": True, "master_listen_fd": listener}
+            )
+            self._store: Any = TCPStore(
+                place.address, place.port, wait_for_workers=False, timeout=_MEETING, **leading
+            )
             self._orders = self._gloo("orders")
             self._numbers = self._nccl() if device.type == "cuda" else self._orders
         except (RuntimeError, ValueError) as error:
@@ -205,7 +194,7 @@ class Ranks:
             try:
                 self._store.add(f"beat/{self.rank}", 1)
             except RuntimeError:
-                return  # whoever introduced the ranks is gone, and nobody asks any more
+                return  # rank 0 is gone, and nobody asks any more
 
     def _beats(self) -> dict[int, int]:
         return {rank: int(self._store.add(f"beat/{rank}", 0)) for rank in range(1, self.num_ranks)}
@@ -243,4 +232,6 @@ def _address_towards(address: str, port: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Without the line of gloo's source that it begins with."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line)

@@ -154,8 +154,13 @@ def load_sharded(
         ranks.order(_numbers(_Order.LOAD) + json.dumps(what).encode())
     with torch.device("meta"):
         model = ShardedTransformer(config, ranks, number)
-    state = load_state(folder, config, dtype, Shard(0, ranks.num_ranks))
-    model.load_state_dict(state, assign=True)
+    try:
+        state = load_state(folder, config, dtype, Shard(0, ranks.num_ranks))
+        model.load_state_dict(state, assign=True)
+    except CheckpointError:
+        ranks.reports(subject)  # a rank that is still reading would keep what it is told to drop
+        drop(ranks, number)
+        raise
     reports = [_report(ranks, state), *ranks.reports(subject)]
     for rank, report in enumerate(reports):
         if "error" in report:

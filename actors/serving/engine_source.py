@@ -28,6 +28,7 @@ class EngineOptions:
         num_ranks: processes that share each model; one_node: all on one, or wherever there is room.
         rank_deadline_s: a rank that has not answered within it is lost, and the replica with it.
         place: where the model's ranks meet, of which the engine's process becomes the first; None = it is not sharded.
+        listener: descriptor of the socket at that place, in the engine's process.
     """
 
     max_sequences: int = 64
@@ -37,6 +38,7 @@ class EngineOptions:
     one_node: bool = True
     rank_deadline_s: float = 60.0
     place: Rendezvous | None = None
+    listener: int | None = None
 
 
 @dataclass(frozen=True)

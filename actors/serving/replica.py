@@ -7,7 +7,8 @@ answers clients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,18 +75,23 @@ class ServingReplica:
 
         logging.getLogger("fewstep").setLevel(logging.INFO)
         self._ranks = (
-            RankGroup(engine.num_ranks, len(sources), num_cpus, engine.rank_deadline_s)
+            RankGroup(
+                engine.num_ranks,
+                len(sources),
+                num_cpus,
+                one_node=engine.one_node,
+                deadline_s=engine.rank_deadline_s,
+            )
             if engine.num_ranks > 1
             else None
         )
         self._services: list[CompletionService] = []
         try:
-            for index, source in enumerate(sources):
-                place = None if self._ranks is None else self._ranks.places[index]
-                options = replace(engine, place=place)
-                self._services.append(
-                    load_service(source, policy, max_tokens, options, max(1, int(num_cpus)))
-                )
+            for source in sources:
+                with self._sharded(engine) as options:
+                    self._services.append(
+                        load_service(source, policy, max_tokens, options, max(1, int(num_cpus)))
+                    )
         except BaseException:
             self._close_engines()
             raise
@@ -98,6 +104,15 @@ class ServingReplica:
         self._front = (
             Front(create_app(*self._services, desk=self._desk), *listen) if listen is not None else None
         )
+
+    @contextmanager
+    def _sharded(self, engine: EngineOptions) -> Iterator[EngineOptions]:
+        """Options of one model's engine, which is rank 0 of its ranks if it has others."""
+        if self._ranks is None:
+            yield engine
+            return
+        with self._ranks.meeting() as meeting:
+            yield replace(engine, place=meeting.place, listener=meeting.fileno())
 
     def _engines(self) -> dict[str, EngineHost]:
         return {service.model.name: service.host for service in self._services}
@@ -151,11 +166,12 @@ class ServingReplica:
 
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
-        if self._ranks is not None:
-            self._ranks.check()
+        # Engines first: without them their ranks end, too, and theirs is not the cause to show.
         for service in self._services:
             if service.host.death is not None:
                 raise service.host.death
+        if self._ranks is not None:
+            self._ranks.check()
         if self._front is not None:
             self._front.check()
 

@@ -27,6 +27,7 @@ def open_sharded(
     source: ModelSource,
     *,
     place: Rendezvous,
+    listener: int | None,
     max_sequences: int,
     dtype: ComputeDtype,
     memory_bytes: int | None,
@@ -40,7 +41,7 @@ def open_sharded(
         CheckpointError: the folder is not a whole model, or a rank cannot read it.
         ActorDied: not all ranks came.
     """
-    folder, ranks = Path(source.folder), Ranks(place, 0)
+    folder, ranks = Path(source.folder), Ranks(place, 0, listener=listener)
     loaded = load_sharded(ranks, folder, torch_dtype(dtype))
     each = loaded.free_bytes // 2 if memory_bytes is None else memory_bytes // place.num_ranks
     return Engine(

@@ -32,6 +32,7 @@ def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
         return open_sharded(
             source,
             place=options.place,
+            listener=options.listener,
             max_sequences=options.max_sequences,
             dtype=options.dtype,
             memory_bytes=options.memory_bytes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from tests.cluster.hosts import PORT, Hosts, open_hosts
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(600),
-    pytest.mark.skipif("FEWSTEP_HOSTS" not in os.environ, reason="takes minutes: set FEWSTEP_HOSTS=1"),
 ]
 
 ASK = """

@@ -10,8 +10,8 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from fewstep.actors.engine.ranks import MeetingPoint, Ranks
-from fewstep.actors.engine.rendezvous import Rendezvous
+from fewstep.actors.engine.ranks import Ranks
+from fewstep.actors.engine.rendezvous import MeetingPoint, Rendezvous
 from fewstep.actors.engine.sharded_model import end, follow
 
 
@@ -25,19 +25,27 @@ class Group:
 
 @contextmanager
 def open_ranks(num_ranks: int, deadline_s: float = 60.0) -> Iterator[Group]:
-    meeting = MeetingPoint("127.0.0.1")
-    place = meeting.rendezvous("model", num_ranks, deadline_s)
+    meeting = MeetingPoint("127.0.0.1", num_ranks, deadline_s)
+    with following(meeting.place) as processes:
+        ranks = Ranks(meeting.place, 0, listener=meeting.detach())
+        try:
+            yield Group(ranks, processes)
+        finally:
+            end(ranks)
+
+
+@contextmanager
+def following(place: Rendezvous) -> Iterator[list[BaseProcess]]:
+    """Ranks 1 and up; whoever is rank 0 ends them within the block, or soon after."""
     spawn = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = [
-        spawn.Process(target=_follow, args=(place, rank), daemon=True) for rank in range(1, num_ranks)
+        spawn.Process(target=_follow, args=(place, rank), daemon=True) for rank in range(1, place.num_ranks)
     ]
     for process in processes:
         process.start()
-    ranks = Ranks(place, 0)
     try:
-        yield Group(ranks, processes)
+        yield processes
     finally:
-        end(ranks)
         for process in processes:
             process.join(20)
             if process.is_alive():
