@@ -15,6 +15,7 @@ from fewstep.actors.verifier import LocalVerifier
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.pipelines.distill_settings import PoolConfig
 from fewstep.pipelines.estimators import slices
+from fewstep.pipelines.frontier import refuse_broken
 from fewstep.pipelines.order_pool import Order, path_bound
 from fewstep.platform.records import DecodePolicy, Task, Trajectory, WeightVersion
 from fewstep.platform.rng import derive_seed
@@ -48,13 +49,18 @@ class FreeOrders:
         self._verifier.close()
 
     def draw(self, task: Task, sample: int) -> list[Order]:
-        """Orders of the task's right answers, numbered behind the teacher-forced ones; maybe none."""
+        """Orders of the task's right answers, numbered behind the teacher-forced ones; maybe none.
+
+        Raises:
+            FewstepError: the verifier itself failed on all of them.
+        """
         prompt = tuple(self._tokenizer.encode(task.prompt).ids)
         trajectories = self._engine.generate(
             [self._request(prompt, sample, number) for number in range(self._config.num_free)]
         )
         answers = [(task, self._engine.text_of(trajectory)) for trajectory in trajectories]
         verdicts = self._verifier.verify(answers)
+        refuse_broken(verdicts, "free answers", forgiven=self._config.num_free - 1)
         return [
             order_of(trajectory, sample, self._config.num_orders + number, self._judge)
             for number, (trajectory, verdict) in enumerate(zip(trajectories, verdicts, strict=True))

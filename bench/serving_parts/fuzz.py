@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import httpx
 from bench.serving_parts.cases import ENDPOINTS, Case, make_case
+from bench.serving_parts.described import send_described
 from bench.serving_parts.replicas import left_behind
 
 from fewstep.cluster.deploy import ServeConfig, serve_model
@@ -17,6 +18,8 @@ CLIENTS = 8
 TIMEOUT_S = 60.0
 WIRE_S = 2.0
 SHOWN = 20
+DESCRIBED = 0.2
+"""Share of the requests that schemathesis makes of the OpenAPI document; ours are wilder, and eight at a time."""
 
 
 def measure(requests: int, seed: int = 0) -> dict[str, Any]:
@@ -26,16 +29,17 @@ def measure(requests: int, seed: int = 0) -> dict[str, Any]:
     ) as endpoint:
         paths = _paths(endpoint.url)
         run = _Run(endpoint.url, endpoint.model, paths, seed)
-        asyncio.run(run.all(requests))
+        statuses, failures = send_described(endpoint.url, endpoint.model, round(DESCRIBED * requests), seed)
+        asyncio.run(run.all(requests - statuses.total()))
         left = left_behind(endpoint.url)
-    failures = run.failures
+    failures = [*failures, *run.failures]
     return {
         "requests": requests,
         "errors_5xx": len(failures),
         "leaked_pages": left["pages"],
         "left_behind": left,
-        "statuses": {str(status): count for status, count in sorted(run.statuses.items())},
-        "kinds": dict(sorted(run.kinds.items())),
+        "statuses": {str(status): count for status, count in sorted((statuses + run.statuses).items())},
+        "kinds": {**dict(sorted(run.kinds.items())), "described": statuses.total()},
         "failures": failures[:SHOWN],
         "settings": {"clients": CLIENTS, "seed": seed, "paths": list(paths)},
     }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fewstep.kernels.rows import NO_TARGET, SampleRows
+from fewstep.pipelines import corruption
 from fewstep.pipelines.corruption import (
     EDIT_RATE_CAP,
     MAX_WEIGHT,
@@ -100,3 +101,45 @@ def test_edits_stay_under_the_cap_and_inside_their_block() -> None:
         num_edited.append(changed.sum())
     assert 0 in num_edited
     assert max(num_edited) > 4
+
+
+def _distance(first: np.ndarray, second: np.ndarray, free_end: bool) -> int:
+    """Levenshtein distance in tokens; `free_end`: what one of the two has left over at its end costs nothing."""
+    table = np.zeros((len(first) + 1, len(second) + 1), int)
+    table[:, 0], table[0] = np.arange(len(first) + 1), np.arange(len(second) + 1)
+    for row, one in enumerate(first, start=1):
+        for column, other in enumerate(second, start=1):
+            table[row, column] = min(
+                table[row - 1, column] + 1,
+                table[row, column - 1] + 1,
+                table[row - 1, column - 1] + int(one != other),
+            )
+    return int(min(table[-1].min(), table[:, -1].min()) if free_end else table[-1, -1])
+
+
+def _edits_and_distance(seed: int, free_end: bool) -> tuple[int, int]:
+    """The k of one draw (Seed Diffusion, 2508.02193, eq. 4) and how far the state is from the text, summed over blocks."""
+    sample = _sample(length=61)
+    rows = SampleRows.clean(sample.tokens)
+    edit_state(sample, rows, block_size=BLOCK, vocabulary=VOCABULARY, draws=generator("k", seed))
+    state, positions = rows.tokens[rows.copies == 1], rows.positions[rows.copies == 1]
+    budget = int((positions >= sample.num_prompt).sum() * generator("k", seed).uniform(0.0, EDIT_RATE_CAP))
+    blocks = [np.flatnonzero(positions // BLOCK == block) for block in np.unique(positions // BLOCK)]
+    return budget, sum(_distance(state[at], sample.tokens[positions[at]], free_end) for at in blocks)
+
+
+def test_states_are_no_further_from_the_text_than_their_number_of_edits() -> None:
+    """An insertion pushes a token out of its block, a deletion pulls one in: what that adds is restoring the length, not
+    an edit, and it at most doubles the distance (docs/decisions/0018-edit-length.md)."""
+    edits = [_edits_and_distance(seed, free_end=True) for seed in range(200)]
+    assert max(budget for budget, _ in edits) >= 5
+    assert sum(distance for _, distance in edits) <= sum(budget for budget, _ in edits)
+    whole = [_edits_and_distance(seed, free_end=False) for seed in range(200)]
+    assert all(distance <= 2 * budget for budget, distance in whole)
+
+
+def test_substitutions_are_as_many_as_their_number_of_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corruption, "EDIT_PROBABILITIES", (1.0, 0.0, 0.0))
+    found = [_edits_and_distance(seed, free_end=False) for seed in range(200)]
+    assert all(distance <= budget for budget, distance in found)
+    assert np.mean([distance == budget for budget, distance in found]) > 0.9
