@@ -5,7 +5,7 @@ step, so that both engines run the same forwards. They take turns (ABBA) in one 
 are processes of their own that wait while one rank works. The ratio says something only where every rank has a core.
 
 Writes bench/results/tensor-parallel.json: committed tokens a second of each, their ratio, milliseconds of a step of several
-ranks, and the memory that loading takes: the whole model's weights and peak, and each rank's.
+ranks, and the memory that loading takes: the whole model's weights and peak, and each rank's. Fills docs/serving.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from documents import fill
 from small_checkpoints import CONFIGS, write_small
 
 from fewstep.actors.engine.engine import Engine
@@ -37,6 +38,8 @@ from fewstep.platform.artifacts import atomic_write_text, git_commit, machine_in
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tensor-parallel.json"
+DOCS = RESULTS.parents[2] / "docs" / "serving.md"
+MIB = 2**20
 MODEL = CONFIGS["sdar"] | {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512,
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_small(Path(temporary) / "model", MODEL, dtype=getattr(torch, arguments.dtype))
         memory = {"whole": _load_memory(folder)}
@@ -64,11 +68,30 @@ def main() -> None:
         **found,
         "load_memory": {"value": memory, "unit": "bytes"},
         "settings": {**vars(arguments), "model": {name: MODEL[name] for name in sorted(MODEL)}, "threads_a_rank": 1},
+        "load_before": {"value": load, "unit": "processes, mean of a minute"},
         "machine": machine_info(),
         "commit": git_commit(),
     }  # fmt: skip
     atomic_write_text(RESULTS, json.dumps(content, indent=2) + "\n")
-    print(json.dumps({name: found[name] for name in found}, indent=2))
+    fill(DOCS, "tensor-parallel", sentence(content))
+    print(json.dumps(found, indent=2))
+
+
+def sentence(content: dict[str, Any]) -> str:
+    """The result in words, for docs/serving.md."""
+    settings, machine, memory = content["settings"], content["machine"], content["load_memory"]["value"]
+    held = [memory[f"rank {rank}"] for rank in range(settings["ranks"])]
+    weights = ", ".join(f"{part['weights_bytes'] / MIB:.0f}" for part in held)
+    peaks = ", ".join(f"{part['peak_bytes'] / MIB:.0f}" for part in held)
+    return (
+        f"{settings['ranks']} ranks over one: {content['ratio']['value']:.2f} times the tokens a second"
+        f" ({content['ranks']['value']:.1f} and {content['one_rank']['value']:.1f}; {settings['rounds']} pairs from"
+        f" {min(content['ratio']['pairs']):.2f} to {max(content['ratio']['pairs']):.2f}), {content['step_ms']['value']:.0f} ms a step of"
+        f" {settings['batch']} requests, one thread a rank. Loading takes {memory['whole']['weights_bytes'] / MIB:.0f} MiB of weights"
+        f" ({memory['whole']['peak_bytes'] / MIB:.0f} at the peak) on one rank, {weights} MiB ({peaks}) on {settings['ranks']}."
+        f" {machine['cpu']}, {machine['cores']} cores, {settings['dtype']}, load {content['load_before']['value']:.1f} before it;"
+        f" commit `{content['commit'][:12]}`."
+    )
 
 
 def _measure(folder: Path, ranks: Ranks, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -111,10 +134,8 @@ def _measure(folder: Path, ranks: Ranks, arguments: argparse.Namespace) -> dict[
 
 
 def _load_memory(folder: Path, *rank: int) -> dict[str, int]:
-    script, dtype = (
-        Path(__file__).with_name("load_memory.py"),
-        json.loads((folder / "config.json").read_text())["torch_dtype"],
-    )
+    script = Path(__file__).with_name("load_memory.py")
+    dtype = json.loads((folder / "config.json").read_text())["torch_dtype"]
     words = [sys.executable, str(script), str(folder), dtype, *map(str, rank)]
     measured: dict[str, int] = json.loads(
         subprocess.run(words, capture_output=True, text=True, check=True).stdout
