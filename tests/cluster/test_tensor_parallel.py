@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -55,8 +56,12 @@ def one_rank(seed: int, temperature: float) -> str:
 
 
 def ranks_of(server: subprocess.Popen[str]) -> list[int]:
+    return titled(server, "ray::RankActor")
+
+
+def titled(server: subprocess.Popen[str], beginning: str) -> list[int]:
     titles = {process.pid: process.cmdline() for process in psutil.Process(server.pid).children(True)}
-    return [pid for pid, title in titles.items() if title and title[0].startswith("ray::RankActor")]
+    return [pid for pid, title in titles.items() if title and title[0].startswith(beginning)]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,15 @@ def test_the_text_is_that_of_one_rank(
     assert len(expected) > 10
     for model in ("embedded", "other"):
         assert answer(server[1], model=model, seed=seed, temperature=temperature) == expected
+
+
+@pytest.mark.ray
+def test_torch_is_where_the_model_is_and_not_in_the_replica(
+    server: tuple[subprocess.Popen[str], str],
+) -> None:
+    (replica,), (rank,) = titled(server[0], "ray::ServeReplica"), ranks_of(server[0])
+    assert "libtorch" not in Path(f"/proc/{replica}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{rank}/maps").read_text()
 
 
 @pytest.mark.ray
