@@ -103,11 +103,19 @@ class TrainerGroup:
         """Rank 0's published weights."""
         return dict(self._get("state", [self._ranks[0].state.remote()])[0])
 
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """Rank 0's published adapter; empty where all weights are trained."""
+        return dict(self._get("adapter", [self._ranks[0].adapter.remote()])[0])
+
     def save(self, folder: Path) -> None:
         self._get("save", [rank.save.remote(folder) for rank in self._ranks])
 
     def load(self, folder: Path) -> None:
         self._get("load", [rank.load.remote(folder) for rank in self._ranks])
+
+    def matmul_rate(self) -> float:
+        """FLOP/s that matrix products reach on all ranks together, rank 0's taken for each."""
+        return len(self._ranks) * float(self._get("matmul rate", [self._ranks[0].matmul_rate.remote()])[0])
 
     def pids(self) -> list[int]:
         return list(self._get("pid", [rank.pid.remote() for rank in self._ranks]))

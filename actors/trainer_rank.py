@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,6 +24,8 @@ from torch import nn
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.flops import matmul_rate, training_flops
+from fewstep.kernels.model.lora import Lora
 from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.kernels.rows import RowBatch, SampleRows
@@ -79,17 +82,16 @@ class TrainerRank:
         self._reference: TrainingModel | None = None
         transformer = _transformer(config, initial)
         transformer.gradient_checkpointing = settings.gradient_checkpointing
-        self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled)
-        self._ema = (
-            {n: p.detach().clone() for n, p in transformer.state_dict().items()}
-            if settings.ema_decay
-            else None
-        )
-        self._updates = 0
+        self._lora = None if settings.lora is None else Lora(config, settings.lora)
+        if self._lora is not None:
+            self._lora.attach(transformer)
+        self._model = TrainingModel(transformer.train(), settings.precision, settings.compiled, self._lora)
+        self._ema = {n: p.clone() for n, p in self._trained().items()} if settings.ema_decay else None
+        self._rank = self._updates = 0
 
     def connect(self, rank: int, address: str, port: int) -> None:
         """Join the process group and build the DeepSpeed engine; every rank must call it at the same time."""
-        settings = self._settings
+        settings, self._rank = self._settings, rank
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -131,20 +133,22 @@ class TrainerRank:
             block_size: override of the model's own (the warm-up over block sizes).
         Returns:
             the objective's metrics summed over this rank's targets, `loss`, `grad_norm` (of all ranks together, before
-            clipping), `rows`, `targets`, and `skipped`: 1 if the gradient was not finite, so that nothing was changed.
+            clipping), `rows`, `targets`, `flops`, and `skipped`: 1 if the gradient was not finite, so that nothing was changed.
         """
         if self._config.logit_shift and any((s.targets[s.positions == 0] >= 0).any() for s in samples):
             raise ValueError("position 0 is a target, and in a model with shifted logits no row predicts it")
         engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        totals: Metrics = {"loss": 0.0, "rows": 0.0, "targets": 0.0}
+        totals: Metrics = {"loss": 0.0, "rows": 0.0, "targets": 0.0, "flops": 0.0}
         if self._config.attention_kind == "bidirectional":
             samples = [sample.states_only() for sample in samples]
         batches = list(_micro_batches(samples, self._settings.micro_rows))
         for index, batch in enumerate(batches):
             engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             rows = RowTensors.of(batch)
+            if self._lora is not None:
+                self._lora.draw(self._updates, self._rank, index)
             logprob, entropy = engine(
                 rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
                 block_size or self._config.sees_block, rows.documents,
@@ -159,6 +163,9 @@ class TrainerRank:
             totals["loss"] += float(loss.detach())
             totals["rows"] += batch.num_rows
             totals["targets"] += len(rows.targets)
+            totals["flops"] += training_flops(
+                self._config, batch.num_rows, len(rows.targets), batch.num_pairs
+            )
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         # ZeRO's optimiser keeps the gradients, skips by itself, and says -1 or inf for NaN.
@@ -175,22 +182,18 @@ class TrainerRank:
     def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
         """Log-probabilities of the targets under the weights as they are, or under those training started from.
 
-        The second model is read from the start when it is first asked for, and kept.
+        The second model is read from the start when it is first asked for, and kept; of a model with an adapter it is the
+        same one without it.
 
         Returns:
             float32 [R_sample] a sample, 0 where a row has no target.
         """
-        if source == "reference" and self._reference is None:
-            frozen = _transformer(self._config, self._initial).eval().requires_grad_(False)
-            self._reference = TrainingModel(frozen, self._settings.precision)
-        model = self._model if source == "current" else self._reference
-        assert model is not None
         bidirectional = self._config.attention_kind == "bidirectional"
         shown = [sample.states_only() if bidirectional else sample for sample in samples]
         results = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
         for group in _grouped([len(sample.tokens) for sample in shown], self._settings.micro_rows):
             rows = RowTensors.of(RowBatch.collate([shown[index] for index in group]))
-            with torch.no_grad():
+            with self._asked(source) as model:
                 values, _ = model(
                     rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets,
                     self._config.sees_block, rows.documents,
@@ -205,24 +208,35 @@ class TrainerRank:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The weights to publish (the moving average if one is kept)."""
-        if self._ema is not None:
-            return {name: tensor.clone() for name, tensor in self._ema.items()}
-        return {n: p.detach().clone() for n, p in self._model.transformer.state_dict().items()}
+        if self._lora is not None:
+            return self._lora.merged(self._model.transformer.state_dict(), self.adapter())
+        return self._published()
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """The adapter in the weights to publish (`kernels.model.lora.Factors`); empty where all weights are trained."""
+        return {} if self._lora is None else self._published()
 
     def save(self, folder: Path) -> None:
         """Write engine, optimiser and average below `folder` (collective: all ranks call it)."""
         self._engine.save_checkpoint(
-            str(folder), tag="trainer", client_state={"fewstep": {"ema": self._ema, "updates": self._updates}}
-        )
+            str(folder), tag="trainer", client_state={"fewstep": {"ema": self._ema, "updates": self._updates}},
+            exclude_frozen_parameters=self._lora is not None,
+        )  # fmt: skip
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote (collective)."""
-        _, client = self._engine.load_checkpoint(str(folder), tag="trainer")
+        _, client = self._engine.load_checkpoint(
+            str(folder), tag="trainer", load_module_strict=self._lora is None
+        )
         self._ema, self._updates = client["fewstep"]["ema"], client["fewstep"]["updates"]
 
     def endpoint(self) -> tuple[str, int]:
         """A free loopback port of this process's host, for the rendezvous."""
         return "127.0.0.1", free_port("127.0.0.1", 0)
+
+    def matmul_rate(self) -> float:
+        """FLOP/s of this process's matrix products in the precision of training."""
+        return matmul_rate(torch.bfloat16 if self._settings.precision == "bf16" else torch.float32)
 
     def pid(self) -> int:
         return os.getpid()
@@ -238,8 +252,31 @@ class TrainerRank:
         # Early on the average must forget the initial weights: (1 + n) / (10 + n) is the usual warm-up.
         decay = min(self._settings.ema_decay, (1 + self._updates) / (10 + self._updates))
         with torch.no_grad():
-            for name, parameter in self._model.transformer.state_dict().items():
+            for name, parameter in self._trained().items():
                 self._ema[name].lerp_(parameter, 1 - decay)
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """What training changes, the parameters' own memory."""
+        return self._model.transformer.state_dict() if self._lora is None else self._lora.factors()
+
+    def _published(self) -> dict[str, torch.Tensor]:
+        found = self._trained() if self._ema is None else self._ema
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+    @contextmanager
+    def _asked(self, source: LogprobSource) -> Iterator[TrainingModel]:
+        """The model that a question is for, without gradient and dropout; the reference of an adapter is what it is on."""
+        own, lora = self._model, self._lora
+        if source == "reference" and self._reference is None:
+            same = own.transformer if lora is not None else _transformer(self._config, self._initial)
+            self._reference = TrainingModel(same.requires_grad_(False), self._settings.precision)
+        asked = own if source == "current" or self._reference is None else self._reference
+        own.eval()
+        try:
+            with torch.no_grad(), lora.detached() if lora is not None and asked is not own else nullcontext():
+                yield asked
+        finally:
+            own.train()
 
 
 def _transformer(config: ModelConfig, initial: Path | int) -> Transformer:
@@ -251,9 +288,11 @@ def _transformer(config: ModelConfig, initial: Path | int) -> Transformer:
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # An adapter is matrices only, and DeepSpeed cannot shard a group of nothing.
+    return [group for group in groups if group["params"]]
 
 
 def _grouped(sizes: Sequence[int], micro_rows: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from fewstep.kernels.model.config import Precision
+from fewstep.kernels.model.lora_settings import LoraSettings
 from fewstep.platform.config import Config
 
 
@@ -26,6 +27,9 @@ class TrainerSettings(Config):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
+    lora: LoraSettings | None = None
+    """Train a low-rank adapter over frozen weights; None = all weights. Its keys: rank, alpha, target_modules, dropout,
+    seed (docs/training.md)."""
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Keep an exponential moving average of the weights and publish that; None = publish the weights."""
     micro_rows: int = Field(default=8192, ge=256)

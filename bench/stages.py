@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.documents import fill
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.verifier import LocalVerifier
@@ -80,6 +79,8 @@ def main() -> int:
     }  # fmt: skip
     atomic_write_text(arguments.out, json.dumps(result, indent=2) + "\n")
     if arguments.out == RESULTS:
+        from bench.documents import fill
+
         draw(FIGURE, {name: points for name, (points, _) in found.items()})
         fill(ROOT / "docs/training.md", "stages", table(result))
     return 0
@@ -156,4 +157,5 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
     sys.exit(main())

@@ -24,9 +24,8 @@ from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.scaling_config import Routing, ScalingConfig
 from fewstep.actors.serving.tracing import require_tracing
 from fewstep.cluster.admission import check_access, drain, ending
-from fewstep.cluster.served_models import check_model, model_sources
-from fewstep.kernels.model.config import ComputeDtype, ModelConfig
-from fewstep.kernels.model.sharding import require_shardable
+from fewstep.cluster.served_models import AdaptedModel, check_model, check_sharding, model_sources
+from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
 from fewstep.platform.errors import ActorDied
 from fewstep.platform.ports import free_port
@@ -44,9 +43,10 @@ _CONTROLLER_ENV = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 class ServeConfig(Config):
     """Which model, where, and how it decodes when a request does not say."""
 
-    model: str | tuple[str, ...] = ""
+    model: str | AdaptedModel | tuple[str | AdaptedModel, ...] = ""
     """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package. A list, or the option given
-    several times: that many models behind one endpoint. An alias is followed: when it moves, weights are swapped."""
+    several times: that many models behind one endpoint. An alias is followed: when it moves, weights are swapped. In YAML
+    also {model, adapter, name}: a model with a LoRA adapter merged into it."""
     alias_poll_s: float = Field(default=5.0, gt=0.0)
     """Seconds between two looks at an alias."""
     tracking_uri: str = ""
@@ -204,8 +204,8 @@ def checked_sources(config: ServeConfig, host: str) -> tuple[ModelSource, ...]:
         require_tracing()
     sources = model_sources(config.model, config.name, config.tracking_uri)
     for source in sources:
-        check_model(Path(source.folder))
-        require_shardable(ModelConfig.load(Path(source.folder)), config.tensor_parallel)
+        check_model(source)
+        check_sharding(source, config.tensor_parallel)
     return sources
 
 

@@ -1,4 +1,5 @@
-"""`fewstep inspect PATH`: what a model folder holds, what it needs, and what will run it. Reads no weights."""
+"""`fewstep inspect PATH`: what a model folder holds, what it needs, and what will run it; or what an adapter is. Reads no
+weights."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
+from fewstep.cluster.adapter_inspection import AdapterReport, adapter_lines, inspect_adapter
 from fewstep.pipelines.models import model_folder
 from fewstep.platform.config import Config
 from fewstep.platform.errors import CheckpointError
@@ -27,7 +29,7 @@ class InspectConfig(Config):
     """Which model folder, and how to print what is found."""
 
     model: str = ""
-    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package."""
+    """A model folder, or models:/NAME@ALIAS; empty = the model shipped with the package. Or the folder of a LoRA adapter."""
     tracking_uri: str = ""
     """MLflow store of a models:/ address; empty = MLFLOW_TRACKING_URI, else the store of `make demo`."""
     show: Literal["text", "json"] = "text"
@@ -84,7 +86,11 @@ def run(config: InspectConfig) -> None:
     Raises:
         CheckpointError: the folder is of no known family, or its files do not fit each other.
     """
-    report = inspect_model(model_folder(config.model, config.tracking_uri))
+    # Here and not above: parsing and --help stay instant without torch.
+    from fewstep.kernels.model.adapter_folder import is_adapter
+
+    folder = model_folder(config.model, config.tracking_uri)
+    report = inspect_adapter(folder, config.tracking_uri) if is_adapter(folder) else inspect_model(folder)
     print(json.dumps(asdict(report), indent=2) if config.show == "json" else _text(report))
 
 
@@ -200,13 +206,18 @@ def _generates(config: ModelConfig, weight_bytes: dict[str, int], free: int) -> 
     return f"yes, in {' or '.join(fitting)}"
 
 
-def _text(report: Report) -> str:
+def _text(report: Report | AdapterReport) -> str:
+    lines = adapter_lines(report) if isinstance(report, AdapterReport) else _lines(report)
+    return "\n".join(f"{name:<12} {value}" for name, value in lines)
+
+
+def _lines(report: Report) -> list[tuple[str, str]]:
     moe = "" if report.experts == "none" else f", {_millions(report.active_parameters)} of them active"
     shift = "the row before predicts a token" if report.logit_shift else "a token is predicted at its own row"
     heads = (
         f"{report.num_attention_heads} heads of {report.head_dim} over {report.num_key_value_heads} key heads"
     )
-    lines = [
+    return [
         ("folder", report.folder),
         ("family", f"{report.family} ({report.architecture})"),
         ("attention", f"{report.attention_kind}, blocks of {report.block_size}; {shift}"),
@@ -234,7 +245,6 @@ def _text(report: Report) -> str:
         ("generates", report.generates),
         ("trains", report.trains),
     ]
-    return "\n".join(f"{name:<12} {value}" for name, value in lines)
 
 
 def _memory(report: Report, name: str) -> str:

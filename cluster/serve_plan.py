@@ -6,10 +6,11 @@ from pathlib import Path
 
 import psutil
 
+from fewstep.actors.serving.model_source import ModelSource
 from fewstep.cluster.admission import check_access
 from fewstep.cluster.deploy import ServeConfig
 from fewstep.cluster.inspection import byte_text, inspect_model
-from fewstep.cluster.served_models import model_sources
+from fewstep.cluster.served_models import check_sharding, model_sources
 from fewstep.platform.errors import UserError
 from fewstep.platform.ports import free_port
 
@@ -58,7 +59,7 @@ def _models(config: ServeConfig) -> list[tuple[str, str]]:
     """A line or two for each model, then what a replica with all of them takes."""
     try:
         sources = model_sources(config.model, config.name, config.tracking_uri)
-        found = [_model(config, Path(source.folder), source.name) for source in sources]
+        found = [_model(config, source) for source in sources]
     except UserError as error:
         return [("refused", str(error))]
     num_bytes = config.most_replicas * sum(size for _, size in found)
@@ -80,14 +81,17 @@ def _ranks(config: ServeConfig) -> str:
     return f"{config.tensor_parallel} ranks {where}, each of "
 
 
-def _model(config: ServeConfig, folder: Path, name: str) -> tuple[list[tuple[str, str]], int]:
+def _model(config: ServeConfig, source: ModelSource) -> tuple[list[tuple[str, str]], int]:
     """What it is, and the bytes it takes in one replica."""
     import torch
 
     from fewstep.actors.engine.cache import num_pages_for, page_bytes
+    from fewstep.kernels.model.adapter_folder import check_adapter
     from fewstep.kernels.model.checkpoint import rank_parameters
     from fewstep.kernels.model.config import ModelConfig
 
+    check_sharding(source, config.tensor_parallel)
+    folder = Path(source.folder)
     report, model = inspect_model(folder), ModelConfig.load(folder)
     stored = report.stored_dtype if config.dtype == "saved" else config.dtype
     # A checkpoint of several types is computed in one; the widest is the safe guess.
@@ -99,9 +103,12 @@ def _model(config: ServeConfig, folder: Path, name: str) -> tuple[list[tuple[str
     first, other = (rank_parameters(model, config.tensor_parallel, rank) * itemsize for rank in (0, 1))
     weights = first + (config.tensor_parallel - 1) * other
     lines = [
-        ("model", f"{name}, {folder}: {report.family}, {report.parameters:,} parameters, {dtype}"),
+        ("model", f"{source.name}, {folder}: {report.family}, {report.parameters:,} parameters, {dtype}"),
         ("memory", f"a replica: {byte_text(weights)} of weights, {byte_text(cache)} for {pages:,} pages of keys and values"),
     ]  # fmt: skip
+    if source.adapter:
+        header = check_adapter(Path(source.adapter), model)
+        lines.insert(1, ("adapter", f"{source.adapter}: rank {header.rank}, merged into weights of its own"))
     if config.tensor_parallel > 1:
         share = byte_text(cache // config.tensor_parallel)
         lines.append(

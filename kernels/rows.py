@@ -122,6 +122,11 @@ class RowBatch:
         """Real rows, padding not counted."""
         return int((self.copies != PAD_COPY).sum())
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of real rows of the same sample."""
+        return int(((self.copies != PAD_COPY).sum(1) ** 2).sum())
+
     @classmethod
     def collate(cls, samples: list[SampleRows], pad_token: int = 0) -> RowBatch:
         """Pad samples to the longest."""

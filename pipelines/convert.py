@@ -20,13 +20,15 @@ from fewstep.kernels.model.checkpoint import load_state, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines import pretrain
+from fewstep.pipelines.corpus import TOKENIZER
+from fewstep.pipelines.gguf_source import SUFFIX, unpacked
+from fewstep.pipelines.lineage import CONVERSION
 from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.settings import ConvertConfig
-from fewstep.platform.artifacts import weights_digest
+from fewstep.platform.artifacts import file_digest, weights_digest
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.rng import derive_seed
 
-RECORD = "conversion.json"
 NEW_MASK = "<|mask|>"
 _KNOWN_MASKS = ("<|mask|>", "<|MASK|>", "<[MASK_TOKEN]>", "[MASK]", "<mask>")
 _RESERVED = re.compile(r"reserved|unused|<\|extra_\d+\|>|placeholder", re.IGNORECASE)
@@ -68,10 +70,14 @@ class MaskToken:
 def run(config: ConvertConfig) -> None:
     """Write `out/model`; with `data`, convert into `out/start` and train through the warm-up over block sizes.
 
+    A GGUF file is unpacked into `out/source` first.
+
     Raises:
         UserError: a source that cannot be converted, or data that do not fit it.
     """
     address, source = pinned_model(config.source, config.tracking_uri or "")
+    if source.suffix == SUFFIX:
+        source = unpacked(source, config.out / "source")
     start = config.out / ("start" if config.data else "model")
     mask = convert_model(source, start, config.block_size, config.mask_token, config.seed, address)
     print(
@@ -116,8 +122,9 @@ def convert_model(
     new = _new_config(old, TARGETS[old.family], block_size, mask, len(state["embed_tokens.weight"]))
     save_model(out, state, new, tokenizer, source)
     record = {"source": address or str(source), "source_digest": weights_digest(source), "source_family": old.family,
-              "family": new.family, "block_size": block_size, "mask": asdict(mask)}  # fmt: skip
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+              "family": new.family, "block_size": block_size, "mask": asdict(mask),
+              "source_tokenizer": file_digest(source / TOKENIZER)}  # fmt: skip
+    (out / CONVERSION).write_text(json.dumps(record, indent=2) + "\n")
     return mask
 
 

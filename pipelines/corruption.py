@@ -62,11 +62,10 @@ def mask_states(
     masked = (draws.random(len(positions)) < rate[block]) & answer
     _force_one_per_block(masked, answer, block, draws)
     highest = MAX_WEIGHT if weighted else 1.0
-    _add_masked(rows, tokens, positions, masked, np.minimum(1 / rate[block], highest), mask_token)
+    _add_masked(rows, tokens, positions, masked, rate[block], highest, mask_token)
     rest = answer & ~masked
     if complementary and block_size > 1 and rest.any():
-        weight = np.minimum(1 / np.maximum(1 - rate[block], 1e-6), highest)
-        _add_masked(rows, tokens, positions, rest, weight, mask_token)
+        _add_masked(rows, tokens, positions, rest, 1 - rate[block], highest, mask_token)
 
 
 def _force_one_per_block(
@@ -83,14 +82,17 @@ def _add_masked(
     tokens: Tokens,
     positions: Tokens,
     masked: NDArray[np.bool_],
-    weight: NDArray[np.float64],
+    rate: NDArray[np.float64],
+    highest: float,
     mask_token: int,
 ) -> None:
+    weight = np.minimum(1 / np.maximum(rate, 1e-6), highest)
     rows.add_state(
         tokens=np.where(masked, mask_token, tokens),
         positions=positions,
         targets=np.where(masked, tokens, NO_TARGET),
         weights=np.where(masked, weight, 0.0).astype(np.float32),
+        noise=rate.astype(np.float32),
     )
 
 
@@ -130,4 +132,5 @@ def edit_state(
         positions=positions,
         targets=np.where(answer, sample.tokens[start:], NO_TARGET),
         weights=answer.astype(np.float32),
+        noise=np.zeros(len(edited), np.float32),
     )

@@ -92,7 +92,7 @@ class Corruption:
     def rows(self, sample: Sample, plan: Plan, draws: np.random.Generator) -> SampleRows:
         """A document's clean rows, its masked states and, once edits are on, an edited one."""
         block_size = visible_block(self.model, plan)
-        rows = SampleRows.clean(sample.tokens)
+        rows = SampleRows.clean(sample.tokens, ("noise",))
         mask_states(
             sample, rows, block_size=block_size, mask_token=self.model.mask_token_id, rates=plan.mask_rates,
             weighted=plan.weighted, complementary=self.config.complementary, draws=draws,

@@ -23,6 +23,7 @@ from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.checkpoint import load_model, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import NO_TARGET, SampleRows
+from fewstep.pipelines.adapters import ADAPTER, AdapterKeeper, adapter_tags
 from fewstep.pipelines.corpus import Corpus
 from fewstep.pipelines.corruption import EDIT_RATE_CAP, Sample, Tokens
 from fewstep.pipelines.curriculum import learned_samples, normalised, ordinary_ids
@@ -80,7 +81,7 @@ def run(config: DistillConfig) -> None:
         kind="distill", config=config, out=config.out, tracking_uri=config.tracking_uri, experiment=config.experiment,
         description="Constrained-order training on the likeliest orders of opening.",
         resumed=saved is not None, required=config.require_tracking,
-        tags={"machine.accelerator": accelerator(), "model.family": teacher.model.family, "model.source": teacher.start.address, "model.source_digest": teacher.start.digest},
+        tags={"machine.accelerator": accelerator(), "model.family": teacher.model.family, "model.source": teacher.start.address, "model.source_digest": teacher.start.digest, **adapter_tags(config.trainer.lora)},
     )  # fmt: skip
     with tracked_run(plan) as tracker:
         _fill(config, teacher)
@@ -101,6 +102,9 @@ def run(config: DistillConfig) -> None:
             save_model(
                 config.out / "model", trainer.state(), teacher.model, teacher.tokenizer, teacher.folder
             )
+            keeper = AdapterKeeper(trainer, config.trainer.lora, teacher.start)
+            keeper(config.out / ADAPTER)
+            keeper.log(tracker, config.out / ADAPTER)
     print(f"wrote {config.out / 'model'}", flush=True)
 
 
@@ -111,7 +115,7 @@ def find_teacher(config: DistillConfig) -> Teacher:
         UserError: a model that is not block-causal or cannot be loaded, or data that do not fit it (`check_data`).
     """
     corpus = open_corpus(config.data)
-    start = given_model(config.model, config.tracking_uri or "")
+    start = given_model(config.model, config.tracking_uri or "", config.trainer.lora)
     if start.model.attention_kind != "block_causal":
         raise ConfigError(
             "model",

@@ -14,6 +14,8 @@ class ExportConfig(Config):
 
     path: str = Field(min_length=1)
     """Run folder of a job, or a model folder, or models:/NAME@ALIAS."""
+    adapter: str = ""
+    """Folder of a LoRA adapter in PEFT's format, or of the run that trained it, to merge into the model at `path`."""
     out: Path = Path("export")
     """Folder to write; an older one of that name is replaced."""
     name: str = ""

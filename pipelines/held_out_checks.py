@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from fewstep.actors.trainer_rank import Metrics
 from fewstep.kernels.model.checkpoint import save_model
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.pipelines.adapters import ADAPTER
 from fewstep.pipelines.frontier import SEQUENTIAL, Generate, Verify, answer, reaches, summarise
 from fewstep.pipelines.rollouts import State, rollout_policy
 from fewstep.pipelines.settings import RefineConfig
@@ -58,14 +60,16 @@ class HeldOutChecks:
 
     Args:
         folder: where the best weights are kept, as a model a step: a checkpoint that is gone back to names an earlier one.
+        keep_adapter: writes the adapter in those weights into a folder, if one is trained.
     """
 
     def __init__(
         self, config: RefineConfig, source: TaskSource, model: ModelConfig, tokenizer: Tokenizer, generate: Generate,
-        verify: Verify, folder: Path,
+        verify: Verify, folder: Path, keep_adapter: Callable[[Path], None],
     ) -> None:  # fmt: skip
         self._config, self._source, self._model, self._tokenizer = config, source, model, tokenizer
         self._generate, self._verify, self._folder = generate, verify, folder
+        self._keep_adapter = keep_adapter
 
     def due(self, standing: Standing, step: int, *, last: bool = False) -> bool:
         """Whether a look follows a step: every so many, and the last."""
@@ -84,7 +88,7 @@ class HeldOutChecks:
         Best is the fewest forwards per answer among looks that hold the bar, then the higher pass@1.
 
         Args:
-            state: the weights that are looked at.
+            state: the weights that are looked at, those the trainer holds.
         Raises:
             FewstepError: the verifier itself failed too often; that is no loss of quality.
         """
@@ -98,6 +102,7 @@ class HeldOutChecks:
             standing.best_step, standing.best_forwards = step, point.forwards_per_answer
             standing.best_pass_at_1 = point.pass_at_1
             save_model(best_folder(self._folder, step), dict(state), self._model, self._tokenizer)
+            self._keep_adapter(best_folder(self._folder, step) / ADAPTER)
         return {
             "held_out/pass_at_1": point.pass_at_1,
             "held_out/forwards_per_answer": point.forwards_per_answer,

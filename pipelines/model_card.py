@@ -23,6 +23,7 @@ def model_card(
     digest: str,
     stages: Sequence[Stage],
     licence: str = "",
+    merged: str = "",
 ) -> str:
     """README.md of a model folder.
 
@@ -30,6 +31,7 @@ def model_card(
         digest: of the weights.
         stages: newest first, as `stages_of` gives them.
         licence: identifier for the header; "" = none.
+        merged: a sentence about an adapter in the weights; "" = there is none.
     """
     header = ["---", *([f"license: {licence}"] if licence else []), "pipeline_tag: text-generation",
               "tags: [diffusion-language-model, fewstep]", "---", ""]  # fmt: skip
@@ -37,7 +39,7 @@ def model_card(
         _what(name, config, num_parameters, digest),
         _use(name),
         _data(stages),
-        _stages(stages),
+        _stages(stages) + (f"\n\n{merged}" if merged else ""),
         _frontier(stages),
         _limits(config, stages),
     ]
@@ -107,17 +109,24 @@ def _stage(stage: Stage) -> str:
         end = f"; last {last['nll_per_token']:.4f} nats per masked token" if "nll_per_token" in last else ""
         return (
             f"**pretrain**: {config['steps']} steps of {config['batch_size']} samples, block sizes {phases}; edits in the"
-            f" last {config['edit_share']:.0%}; seed {config['seed']}{end}"
+            f" last {config['edit_share']:.0%}; seed {config['seed']}{_lora(config)}{end}"
         )
     if stage.kind == "distill":
         pool = config["pool"]
         return (
             f"**distill**: {config['steps']} steps of {config['batch_size']} orders of opening, the likeliest"
-            f" {pool['keep_share']:.0%} of {pool['num_orders']} for each of {pool['num_samples']} texts; seed {config['seed']}"
+            f" {pool['keep_share']:.0%} of {pool['num_orders']} for each of {pool['num_samples']} texts; seed {config['seed']}{_lora(config)}"
         )
     report: Mapping[str, Any] = stage.record.report if stage.record is not None else {}
     steps = report.get("steps", config["steps"])
-    return f"**refine**: {steps} on-policy steps, objective `{config['objective']}`, seed {config['seed']}"
+    return f"**refine**: {steps} on-policy steps, objective `{config['objective']}`, seed {config['seed']}{_lora(config)}"
+
+
+def _lora(config: Mapping[str, Any]) -> str:
+    lora = config.get("trainer", {}).get("lora")
+    if not lora:
+        return ""
+    return f"; a LoRA adapter of rank {lora['rank']} on {', '.join(lora['target_modules'])}"
 
 
 def _frontier(stages: Sequence[Stage]) -> str:

@@ -1,4 +1,4 @@
-"""Which model a job means: a folder, an address in MLflow's registry, or the one shipped with the package."""
+"""Which model, or which adapter, a job means: a folder, an address in MLflow's registry, or the one shipped with the package."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ def pinned_model(model: str, tracking_uri: str) -> tuple[str, Path]:
     from fewstep.kernels.model.checkpoint import embedded_model
 
     return "embedded", embedded_model()
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The folder of an adapter: as given, or `adapter` in the folder of the run that trained it. It is not looked into."""
+    folder = Path(adapter)
+    inner = folder / "adapter"
+    return inner if inner.is_dir() and not (folder / "adapter_config.json").is_file() else folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from tokenizers import AddedToken, Tokenizer
 
 from fewstep.kernels.model.checkpoint import check_weights
 from fewstep.kernels.model.config import NO_TOKEN, ModelConfig
+from fewstep.kernels.model.lora_settings import LoraSettings, chosen_modules
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines.corpus import TOKENIZER, Corpus
 from fewstep.pipelines.curriculum import Batches, CorpusBatches, FamilyBatches
+from fewstep.pipelines.lineage import CONVERSION
 from fewstep.pipelines.models import pinned_model
 from fewstep.pipelines.settings import RECORDING, ModelSize, PretrainConfig
 from fewstep.pipelines.tasks.family import draw_pair
@@ -102,13 +105,14 @@ def example_of(start: Start, corpus: Corpus | None) -> str:
     return text
 
 
-def given_model(model: str, tracking_uri: str) -> Start:
+def given_model(model: str, tracking_uri: str, lora: LoraSettings | None = None) -> Start:
     """A model that is there, to be trained on.
 
     Args:
         model: as `pinned_model` takes it.
+        lora: of the adapter to be trained on it.
     Raises:
-        UserError: one that cannot be found or loaded, or that does not denoise.
+        UserError: one that cannot be found or loaded, that does not denoise, or that has no such module.
     """
     address, folder = pinned_model(model, tracking_uri)
     config = ModelConfig.load(folder)
@@ -120,11 +124,13 @@ def given_model(model: str, tracking_uri: str) -> Start:
             "run fewstep convert on it",
         )
     check_weights(folder, config)
+    if lora is not None:
+        chosen_modules(config, lora.target_modules)
     return Start(config, load_tokenizer(folder, config), folder, weights_digest(folder), address)
 
 
 def _given(config: PretrainConfig) -> Start:
-    start = given_model(config.model, config.tracking_uri or "")
+    start = given_model(config.model, config.tracking_uri or "", config.trainer.lora)
     last, model = config.phases[-1].block_size, start.model
     if last != model.block_size or (model.attention_kind == "bidirectional" and len(config.phases) > 1):
         raise ConfigError(
@@ -159,6 +165,16 @@ def _fresh_on(config: PretrainConfig, corpus: Corpus) -> Start:
     return Start(_fresh(config.size, tokenizer, mask, eos, eos), tokenizer, config.seed, "", "")
 
 
+def _tokenizers(folder: Path) -> set[str]:
+    """Digests of the tokenizers that give the model's tokens: its own and, of a converted model, the source's, to which
+    nothing but the mask was added."""
+    digests = {file_digest(folder / TOKENIZER)}
+    record = folder / CONVERSION
+    if record.is_file():
+        digests.add(json.loads(record.read_text(encoding="utf-8"))["source_tokenizer"])
+    return digests
+
+
 def check_data(start: Start, corpus: Corpus | None, block_sizes: Sequence[int], key: str) -> None:
     """Checks that the data are in the model's tokens, fit its context, and end where blocks end.
 
@@ -175,7 +191,7 @@ def check_data(start: Start, corpus: Corpus | None, block_sizes: Sequence[int], 
                 "run fewstep prepare with this model as tokenizer",
             )  # fmt: skip
         return
-    if start.source is not None and file_digest(start.source / TOKENIZER) != corpus.manifest["tokenizer"]:
+    if start.source is not None and corpus.manifest["tokenizer"] not in _tokenizers(start.source):
         raise ConfigError(
             "data", f"{corpus.folder}, made with another tokenizer", f"a corpus made with {start.address}'s",
             "run fewstep prepare with this model as tokenizer",

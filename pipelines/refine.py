@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -46,14 +47,23 @@ BEST = "best"
 """Folder of the weights that looked best on held-out tasks, by step."""
 
 
+def no_adapter(folder: Path) -> None:
+    """What keeping the adapter is where all weights are trained."""
+
+
 @dataclass(frozen=True)
 class Workers:
-    """The loop's hands: Ray pools in a real run, one process's engine and sandbox in a debugger."""
+    """The loop's hands: Ray pools in a real run, one process's engine and sandbox in a debugger.
+
+    Attributes:
+        keep_adapter: writes the trainer's adapter into a folder, if it trains one.
+    """
 
     generate: Generate
     verify: Verify
     trainer: Trainer
     push: Push
+    keep_adapter: Callable[[Path], None] = no_adapter
 
 
 @dataclass
@@ -87,7 +97,9 @@ def refine(
     """Run training steps until `config.steps` or `config.max_seconds`, or until the quality is lost; returns the final
     progress."""
     trainer, out = workers.trainer, config.out
-    checks = HeldOutChecks(config, source, model, tokenizer, workers.generate, workers.verify, out / BEST)
+    checks = HeldOutChecks(
+        config, source, model, tokenizer, workers.generate, workers.verify, out / BEST, workers.keep_adapter
+    )  # fmt: skip
     checks.set_bar(progress.standing)
     started = time.monotonic() - progress.seconds
     with closing(batches_of(config, tokenizer, source, workers)) as batches:

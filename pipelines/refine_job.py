@@ -20,6 +20,7 @@ from fewstep.actors.node_metrics import OtherNodes
 from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.actors.verifier import Verifier
 from fewstep.kernels.model.checkpoint import load_state, save_model
+from fewstep.pipelines.adapters import ADAPTER, AdapterKeeper, adapter_tags, copy_adapter
 from fewstep.pipelines.exported_models import ExportedModels
 from fewstep.pipelines.frontier import Generate, measure
 from fewstep.pipelines.held_out_checks import Standing, best_folder, keep_best
@@ -83,7 +84,8 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         trainer = stack.enter_context(open_trainer(config, job.model, job.folder, job.placement))
         frontier = _Frontier(config, job.source, engines.generate, job.verifier, job.tokenizer)
         before = frontier.measure("before")
-        workers = Workers(engines.generate, job.verifier.verify, trainer, engines.push)
+        keeper = AdapterKeeper(trainer, config.trainer.lora, job.start)
+        workers = Workers(engines.generate, job.verifier.verify, trainer, engines.push, keeper)
         progress = _starting_point(config, saved, trainer, tracker)
         # The replicas hold the starting weights; a resumed run's are the checkpoint's.
         workers.push(trainer.state(), WeightVersion(tracker.run_id, progress.step, ""))
@@ -95,6 +97,7 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
             print(f"stopped early: {progress.stopped}", flush=True)
         save(progress)
         published = _publish(config, job, workers, progress, tracker.run_id)
+        keeper.log(tracker, config.out / ADAPTER)
         after = frontier.measure("after")
         extra = {
             "refine_seconds": progress.seconds,
@@ -129,7 +132,7 @@ class _Job:
 
     def __init__(self, config: RefineConfig, stack: ExitStack) -> None:
         self.config, self._stack = config, stack
-        start = given_model(config.model, config.tracking_uri or "")
+        self.start = start = given_model(config.model, config.tracking_uri or "", config.trainer.lora)
         assert start.source is not None
         self.address, self.folder, self.digest = start.address, start.source, start.digest
         # Chat template, generation settings and whatever else came with the user's checkpoint stays with it.
@@ -168,6 +171,7 @@ class _Job:
             "model.family": self.model.family,
             "model.source": self.address,
             "model.source_digest": self.digest,
+            **adapter_tags(self.config.trainer.lora),
             "data.digest": state_digest(self.source.digests.values()),
             "machine.accelerator": accelerator(),
             "machine.hosts": json.dumps(self._hosts),
@@ -308,8 +312,11 @@ def _publish(config: RefineConfig, job: _Job, workers: Workers, progress: Progre
     the engines hold them afterwards. Returns their step."""
     state, step = workers.trainer.state(), progress.step
     best = progress.standing.best_step
+    workers.keep_adapter(config.out / ADAPTER)
     if 0 <= best < step:
-        state, step = load_state(best_folder(config.out / BEST, best), job.model), best
+        folder = best_folder(config.out / BEST, best)
+        state, step = load_state(folder, job.model), best
+        copy_adapter(folder / ADAPTER, config.out / ADAPTER)
         print(f"the weights of step {best} looked best on held-out tasks and are kept", flush=True)
     workers.push(state, WeightVersion(run_id, step, ""))
     save_model(config.out / "model", state, job.model, job.tokenizer, job.origin)

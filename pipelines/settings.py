@@ -113,6 +113,10 @@ class PretrainConfig(CurriculumConfig):
             raise ValueError("the shares of phases must add up to 1")
         if not self.model and self.phases[-1].block_size != self.size.block_size:
             raise ValueError(f"the last phase must train at size.block_size {self.size.block_size}")
+        if not self.model and self.trainer.lora is not None:
+            raise ValueError(
+                "trainer.lora needs a model: an adapter on fresh weights learns nothing of its own"
+            )
         return self
 
 
@@ -120,7 +124,7 @@ class ConvertConfig(CurriculumConfig):
     """An autoregressive model becomes a block-diffusion model; with data, it is trained to be one."""
 
     source: str = Field(min_length=1)
-    """Model folder or models:/NAME@ALIAS of a Llama, Qwen2 or Qwen3 model."""
+    """Model folder, models:/NAME@ALIAS or GGUF file of a Llama, Qwen2 or Qwen3 model."""
     to: Literal["block-diffusion"] = "block-diffusion"
     """What it becomes."""
     out: Path = Path("runs/convert")

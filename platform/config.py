@@ -203,7 +203,7 @@ def _to_config_error(cls: type[BaseModel], error: ValidationError) -> ConfigErro
     problems = error.errors()
     # An unknown key often makes a required one missing too; the misspelling is the useful half.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-    first, more = problems[0], len(problems) - 1
+    first, more = _most_telling(problems), len(problems) - 1
     suffix = f" (and {more} more problem{'s' if more > 1 else ''})" if more else ""
     path = _dotted(cls, first["loc"]) or cls.__name__
     if first["type"] == "extra_forbidden":
@@ -212,6 +212,19 @@ def _to_config_error(cls: type[BaseModel], error: ValidationError) -> ConfigErro
         return ConfigError(path, "nothing", "a value (the key is required)", f"set {path}" + suffix)
     allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return ConfigError(path, _got(first), _one_line(allowed), f"change {path}" + suffix)
+
+
+def _most_telling(problems: Sequence[ErrorDetails]) -> ErrorDetails:
+    """The first problem; where a value fits no member of a union, the member that it came furthest in."""
+    first = problems[0]
+    if not any(_is_member(part) for problem in problems for part in problem["loc"]):
+        return first
+    return max((p for p in problems if p["loc"][:1] == first["loc"][:1]), key=lambda p: len(p["loc"]))
+
+
+def _is_member(part: int | str) -> bool:
+    """Whether a step of an error's location is pydantic's name of a union's member that is no model."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part)
 
 
 def _got(problem: ErrorDetails) -> str:
@@ -259,7 +272,7 @@ def _model_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseMode
 def _dotted(cls: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     """An error location as the user spells it (pydantic adds names of union members, which nobody typed)."""
     members = {model.__name__ for model in _reachable(cls)}
-    return ".".join(str(part) for part in loc if part not in members)
+    return ".".join(str(part) for part in loc if part not in members and not _is_member(part))
 
 
 def _reachable(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -318,11 +331,15 @@ def _num_values(annotation: Any) -> int:
 
 
 def _repeats(annotation: Any) -> bool:
-    """Whether it is `X | tuple[X, ...]`."""
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
-    return any(
-        get_origin(kind) is tuple and get_args(kind) == (other, ...) for kind in kinds for other in kinds
-    )
+    """Whether it is `X | tuple[X, ...]`, or `X | Y | tuple[X | Y, ...]`."""
+    kinds = _kinds(annotation)
+    listed = [get_args(kind) for kind in kinds if get_origin(kind) is tuple]
+    return any(len(items) == 2 and items[1] is ... and {*_kinds(items[0])} < {*kinds} for items in listed)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; of anything else, itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
 def _one_line(text: str) -> str:

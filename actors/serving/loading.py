@@ -25,10 +25,11 @@ def load_service(
         ActorDied: the engine's process ended before it served.
     """
     folder = Path(source.folder)
-    chat, created = ChatTemplate(folder), created_of(folder)
+    chat, created = ChatTemplate(folder), created_of(Path(source.weights))
     inherited = () if options.listener is None else (options.listener,)
     host = EngineHost(EngineSource(source, options, num_threads), inherited)
     # Read by the engine's process already, so it is there and fits.
     tokenizer = load_tokenizer(folder, host.config)
     served = ServedModel(source.name, created, host.config, tokenizer, chat, policy, max_tokens)
-    return CompletionService(host, served, Origin(source.address or source.folder))
+    address = source.adapter or source.address or source.folder
+    return CompletionService(host, served, Origin(address, parent=source.parent))

@@ -15,6 +15,8 @@ class ModelSource:
         address: `models:/NAME/VERSION` that `folder` belongs to; empty for a folder that is nobody's version.
         alias: of `address`'s model, which the server follows when it moves; empty = nothing to follow.
         tracking_uri: the registry of `alias`.
+        adapter: folder of a LoRA adapter that is merged into the weights as they are loaded; empty = none.
+        parent: what the model without the adapter is called; empty where there is no adapter.
     """
 
     name: str
@@ -22,6 +24,13 @@ class ModelSource:
     address: str = ""
     alias: str = ""
     tracking_uri: str = ""
+    adapter: str = ""
+    parent: str = ""
+
+    @property
+    def weights(self) -> str:
+        """The folder that makes these weights what they are: the adapter's, if there is one."""
+        return self.adapter or self.folder
 
     @property
     def registered_name(self) -> str:

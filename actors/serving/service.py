@@ -91,12 +91,14 @@ class Origin:
     """Where the weights of a service are from, and what became of the last attempt to change them.
 
     Attributes:
-        address: `models:/NAME/VERSION`, or a folder.
+        address: `models:/NAME/VERSION`, or a folder; with an adapter its folder.
         refused: the version that could not, and why; empty = none since the last swap.
+        parent: the model under the adapter, by name; empty where there is no adapter.
     """
 
     address: str = ""
     refused: str = ""
+    parent: str = ""
 
 
 class CompletionService:
@@ -111,8 +113,15 @@ class CompletionService:
         self._prompts = Prompts(model.config, model.tokenizer, model.chat, model.max_tokens)
 
     def entry(self) -> ModelEntry:
-        """The model as /v1/models lists it."""
-        return ModelEntry(id=self.model.name, created=self.model.created, object="model", owned_by="fewstep")
+        """The model as /v1/models lists it; `root` and `parent` are what vLLM's are."""
+        entry = {
+            "id": self.model.name,
+            "created": self.model.created,
+            "object": "model",
+            "owned_by": "fewstep",
+        }
+        lineage = {"root": self.origin.address or self.model.name, "parent": self.origin.parent or None}
+        return ModelEntry.model_validate({**entry, **lineage})
 
     def plan(self, body: CompletionBody | ChatBody) -> Call:
         """The engine requests behind a body.

@@ -13,8 +13,10 @@ from fewstep.actors.serving.engine_source import EngineOptions
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.sharded_weights import open_sharded, proved_sharded
 from fewstep.actors.serving.trial import require_text, torch_dtype, version_of
+from fewstep.kernels.model.adapter_folder import load_adapter
 from fewstep.kernels.model.checkpoint import load_model, load_state, state_checksum
 from fewstep.kernels.model.config import ComputeDtype, ModelConfig
+from fewstep.kernels.model.lora import merge_into
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.platform.errors import CheckpointError
@@ -22,10 +24,10 @@ from fewstep.platform.records import WeightVersion
 
 
 def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
-    """An engine over a model folder.
+    """An engine over a model folder, an adapter merged into its weights if there is one.
 
     Raises:
-        CheckpointError: the folder is not a whole model.
+        CheckpointError: the folder is not a whole model, or the adapter does not fit it.
         ActorDied: not all ranks came.
     """
     if options.place is not None:
@@ -38,6 +40,9 @@ def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
             memory_bytes=options.memory_bytes,
         )
     model, tokenizer = load_model(Path(source.folder), torch_dtype(options.dtype))
+    if source.adapter:
+        factors, scale = load_adapter(Path(source.adapter), model.config)
+        merge_into(model.state_dict(), factors, model.config, scale)
     return Engine(
         model,
         tokenizer,

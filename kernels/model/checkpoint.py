@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -198,7 +198,7 @@ def _checked_pieces(files: ShardedTensors, config: ModelConfig) -> dict[str, lis
         )
     shapes = own_shapes(config)
     for name, parts in pieces.items():
-        expected, got = _source_shape(parts, shapes), files.entries[name].shape
+        expected, got = source_shape(parts, shapes), files.entries[name].shape
         if got != expected:
             raise CheckpointError(
                 f"{files.folder / files.entries[name].file}:{name}",
@@ -213,7 +213,8 @@ def _some(names: list[str]) -> str:
     return f"{names[:4]}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _source_shape(parts: list[Piece], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def source_shape(parts: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape of a tensor of the files, from its pieces and the shapes of `own_shapes`."""
     inner = [shapes[part.target][0 if part.index is None else 1 :] for part in parts]
     if parts[0].first_row is None:
         return inner[0]
@@ -279,7 +280,7 @@ def _write_weights(
 
     write_shards(
         folder,
-        {name: (_source_shape(parts, shapes), dtype_of(name)) for name, parts in pieces.items()},
+        {name: (source_shape(parts, shapes), dtype_of(name)) for name, parts in pieces.items()},
         tensor_of,
         like,
     )

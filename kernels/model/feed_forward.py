@@ -5,6 +5,9 @@ Shape legend: T tokens, d hidden size, E experts, I an expert's inner size, k ex
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -64,7 +67,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E gated MLPs, stacked so that a fused kernel can walk them."""
+    """E gated MLPs, stacked so that a fused kernel can walk them.
+
+    Attributes:
+        added: by projection and expert, what is added to its product while an adapter is trained (`lora.py`).
+    """
+
+    added: Mapping[tuple[str, int], Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType({})
 
     def __init__(self, hidden_size: int, inner_size: int, num_experts: int) -> None:
         super().__init__()
@@ -74,14 +83,19 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """Rows [n, d] sorted by expert, `sizes[e]` of them for expert e; the experts' outputs [n, d]."""
-        parts = [
-            F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
-            for rows, gate, up, down in zip(
-                torch.split(x, sizes), self.gate_proj, self.up_proj, self.down_proj, strict=True
-            )
-            if len(rows)
-        ]
+        weights = zip(torch.split(x, sizes), self.gate_proj, self.up_proj, self.down_proj, strict=True)
+        parts = []
+        for expert, (rows, gate, up, down) in enumerate(weights):
+            if len(rows):
+                inner = F.silu(self._product("gate_proj", expert, rows, gate))
+                inner = inner * self._product("up_proj", expert, rows, up)
+                parts.append(self._product("down_proj", expert, inner, down))
         return torch.cat(parts)
+
+    def _product(self, name: str, expert: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = F.linear(x, weight)
+        update = self.added.get((name, expert))
+        return out if update is None else out + update(x)
 
 
 class MixtureOfExperts(nn.Module):

@@ -10,6 +10,7 @@ from torch import nn
 from fewstep.kernels.attention import attend, visibility
 from fewstep.kernels.loss import holds_logits, linear_logprob, target_logprobs
 from fewstep.kernels.model.config import NO_TOKEN, Precision
+from fewstep.kernels.model.lora import Lora
 from fewstep.kernels.model.transformer import Attention, Transformer
 from fewstep.kernels.rope import apply_rope
 from fewstep.kernels.rows import NO_TARGET, RowBatch
@@ -50,13 +51,18 @@ class TrainingModel(nn.Module):
     Args:
         precision: `bf16` runs the matrix products in bfloat16 over float32 weights.
         compiled: run through torch.compile; one compilation serves every batch shape.
+        adapter: attached to the transformer; a part of this module's parameters.
     """
 
     def __init__(
-        self, transformer: Transformer, precision: Precision = "fp32", compiled: bool = False
+        self,
+        transformer: Transformer,
+        precision: Precision = "fp32",
+        compiled: bool = False,
+        adapter: Lora | None = None,
     ) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.adapter = transformer, adapter
         self.precision = precision
         # 32 samples of 190 rows, 0.86 M parameters, one core with AMX: eager fp32 600 ms, compiled bf16 275 ms.
         self._run = torch.compile(self._logprobs, dynamic=True) if compiled else self._logprobs

@@ -20,9 +20,11 @@ import pytest
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
+from fewstep.actors.serving.model_source import ModelSource
 from fewstep.cluster import session
 from fewstep.cluster.deploy import ServeConfig, checked_sources
 from fewstep.cluster.serve_plan import plan
+from fewstep.cluster.served_models import check_sharding
 from fewstep.kernels.model.checkpoint import embedded_model, load_model
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.ports import free_port
@@ -38,6 +40,13 @@ SLOW = {"fewstep": {"kind": "static", "tokens_per_step": 1}, "max_tokens": 480, 
 def test_ranks_that_do_not_divide_the_heads_are_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel: got 3, .* num_key_value_heads of 4"):
         checked_sources(ServeConfig(tensor_parallel=3), "127.0.0.1")
+
+
+def test_a_model_with_an_adapter_is_refused_by_name() -> None:
+    source = ModelSource("mine", str(embedded_model()), adapter="runs/lora/adapter")
+    check_sharding(source, 1)
+    with pytest.raises(ConfigError, match=r"tensor_parallel: got 2, and 'mine' has an adapter"):
+        check_sharding(source, 2)
 
 
 def test_the_plan_states_what_each_rank_holds() -> None:

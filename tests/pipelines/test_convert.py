@@ -15,9 +15,11 @@ from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import load_model, load_state
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.pipelines.convert import choose_mask, convert_model, run
+from fewstep.pipelines.corpus import Corpus
 from fewstep.pipelines.prepare import run as prepare
 from fewstep.pipelines.prepare_settings import PrepareConfig
-from fewstep.pipelines.settings import ConvertConfig
+from fewstep.pipelines.pretrain_start import find_start
+from fewstep.pipelines.settings import ConvertConfig, PretrainConfig
 from fewstep.platform.errors import ConfigError
 
 TARGETS = {"llama": "stable_diffcoder", "qwen2": "fast_dllm_v2", "qwen3": "sdar"}
@@ -83,6 +85,25 @@ def test_an_embedding_without_room_gets_a_row(tmp_path: Path) -> None:
     model, changed = load_model(tmp_path / "out")
     assert (mask.token_id, model.config.vocab_size, changed.token_to_id(mask.text)) == (size, size + 1, size)
     assert model.embed_tokens.weight.shape[0] == model.head_weight.shape[0] == size + 1
+
+
+def test_a_corpus_in_the_sources_tokens_is_one_in_the_models(tmp_path: Path) -> None:
+    tokenizer, _ = bare((), tmp_path / "source")
+    tokenizer.save(str(tmp_path / "source" / "tokenizer.json"))
+    convert_model(tmp_path / "source", tmp_path / "out", 4)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x = 1\n" * 30}) + "\n")
+
+    def corpus_of(name: str) -> Corpus:
+        prepare(PrepareConfig(sources=(str(tmp_path / "rows.jsonl"),), tokenizer=str(tmp_path / name),
+                              sequence_tokens=16, out=tmp_path / f"corpus-{name}", workers=1))  # fmt: skip
+        return Corpus(tmp_path / f"corpus-{name}")
+
+    config = PretrainConfig(model=str(tmp_path / "out"), data="x", phases=ConvertConfig(source="x").phases())
+    assert find_start(config, corpus_of("source")).model.block_size == 4
+    assert find_start(config, corpus_of("out")).model.block_size == 4
+    write_small(tmp_path / "other", CONFIGS["llama"])
+    with pytest.raises(ConfigError, match="made with another tokenizer"):
+        find_start(config, corpus_of("other"))
 
 
 def test_a_model_that_denoises_already_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.rows import NO_TARGET
 from fewstep.pipelines.curriculum import FamilyBatches, plan_step
+from fewstep.pipelines.objectives.denoise import LEVELS
 from fewstep.pipelines.pretrain import run
 from fewstep.pipelines.pretrain_start import find_start
 from fewstep.pipelines.settings import ModelSize, Phase, PretrainConfig
@@ -89,4 +90,11 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [6]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    # The last step is an edited one; its levels are what the whole is made of.
+    levels = {name: rows[-1][f"nll_{name}"] for name in LEVELS if f"nll_{name}" in rows[-1]}
+    assert "edit" in levels
+    assert len(levels) > 2
+    assert min(levels.values()) <= rows[-1]["nll_per_token"] <= max(levels.values())
+    assert rows[-1]["tokens_per_second"] > 0
+    assert 0 < rows[-1]["mfu"] < 1
