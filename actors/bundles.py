@@ -1,8 +1,7 @@
 """Which actor goes on which node: pure functions from (nodes, needs) to a placement. Knows no Ray.
 
-Three wishes, in this order: an actor's own ranks stay on one node (tensor parallelism exchanges twice a layer); actors of a
-packed role stay on one node together (trainer ranks all-reduce gradients); all others are spread, so that a lost node
-costs as few of a role as can be.
+Two wishes, in this order: actors of a packed role stay on one node together (trainer ranks all-reduce gradients); all
+others are spread, so that a lost node costs as few of a role as can be.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ _ROUNDING = 1e-9  # fractions such as 0.4 add up inexactly
 
 @dataclass(frozen=True)
 class Node:
-    """A host with what it has free: logical CPUs and GPUs. `node_id` is Ray's, `address` is for people."""
+    """A host with the logical CPUs it has free. `node_id` is Ray's, `address` is for people."""
 
     node_id: str
     address: str
     cpus: float
-    gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,27 +31,24 @@ class Need:
     """Actors of one role.
 
     Attributes:
-        count: how many; ranks: processes of each, all on one node; cpus, gpus: of each process.
+        count: how many; cpus: of each.
         packed: all of them on one node.
     """
 
     role: str
     count: int
     cpus: float
-    gpus: float = 0.0
-    ranks: int = 1
     packed: bool = False
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """One actor's place; cpus and gpus are of all its ranks together."""
+    """One actor's place, and its CPUs."""
 
     role: str
     index: int
     node: Node
     cpus: float
-    gpus: float
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,7 @@ class Placement:
     def as_data(self) -> list[dict[str, Any]]:
         """For a file."""
         return [
-            {"role": b.role, "index": b.index, "node": b.node.address, "cpus": b.cpus, "gpus": b.gpus}
-            for b in self.bundles
+            {"role": b.role, "index": b.index, "node": b.node.address, "cpus": b.cpus} for b in self.bundles
         ]
 
     def text(self) -> str:
@@ -80,11 +74,8 @@ class Placement:
             here = [bundle for bundle in self.bundles if bundle.node == node]
             roles = dict.fromkeys(bundle.role for bundle in here)
             what = ", ".join(f"{sum(b.role == role for b in here)} {role}" for role in roles)
-            cpus, gpus = sum(b.cpus for b in here), sum(b.gpus for b in here)
-            used = f"{cpus:g} of {node.cpus:g} free CPUs" + (
-                f", {gpus:g} of {node.gpus:g} GPUs" if gpus else ""
-            )
-            lines.append(f"{node.address}: {what} ({used})")
+            cpus = sum(b.cpus for b in here)
+            lines.append(f"{node.address}: {what} ({cpus:g} of {node.cpus:g} free CPUs)")
         return "\n".join(lines)
 
 
@@ -128,7 +119,7 @@ def _packed_hosts(nodes: Sequence[Node], packed: Sequence[Need]) -> list[list[No
         ways = [
             [*way, node]
             for way in ways
-            for node in sorted(nodes, key=lambda node: (node.gpus, node.cpus))
+            for node in sorted(nodes, key=lambda node: node.cpus)
             if _fits(
                 node,
                 need,
@@ -142,7 +133,7 @@ def _packed_hosts(nodes: Sequence[Node], packed: Sequence[Need]) -> list[list[No
 def _try(nodes: Sequence[Node], needs: Sequence[Need], taken: Sequence[Bundle] = ()) -> list[Bundle] | None:
     """Large actors first, each on the node that has fewest of its role and, among those, most room for more."""
     found: list[Bundle] = []
-    for need in sorted(needs, key=lambda need: (-need.gpus * need.ranks, -need.cpus * need.ranks)):
+    for need in sorted(needs, key=lambda need: -need.cpus):
         for index in range(need.count):
             fitting = [node for node in nodes if _fits(node, need, [*taken, *found])]
             if not fitting:
@@ -156,7 +147,7 @@ def _try(nodes: Sequence[Node], needs: Sequence[Need], taken: Sequence[Bundle] =
 
 
 def _bundle(need: Need, index: int, node: Node) -> Bundle:
-    return Bundle(need.role, index, node, need.cpus * need.ranks, need.gpus * need.ranks)
+    return Bundle(need.role, index, node, need.cpus)
 
 
 def _fits(node: Node, need: Need, taken: Sequence[Bundle], count: int = 1) -> bool:
@@ -166,10 +157,7 @@ def _fits(node: Node, need: Need, taken: Sequence[Bundle], count: int = 1) -> bo
 def _room(node: Node, need: Need, taken: Sequence[Bundle]) -> float:
     """How many actors of a need the node still holds, in parts."""
     cpus = node.cpus - sum(bundle.cpus for bundle in taken if bundle.node == node)
-    gpus = node.gpus - sum(bundle.gpus for bundle in taken if bundle.node == node)
-    rooms = [cpus / (need.cpus * need.ranks)] if need.cpus else []
-    rooms += [gpus / (need.gpus * need.ranks)] if need.gpus else []
-    return min(rooms, default=float("inf"))
+    return cpus / need.cpus
 
 
 def _of_role(bundles: Sequence[Bundle], node: Node, role: str) -> int:
@@ -182,15 +170,11 @@ def _ordered(bundles: Sequence[Bundle], needs: Sequence[Need]) -> Placement:
 
 
 def _refusal(nodes: Sequence[Node], needs: Sequence[Need], layout: Layout) -> ResourceError:
-    def amount(cpus: float, gpus: float) -> str:
-        return f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
-
     asked = "; ".join(
-        f"{need.count} {need.role} of {amount(need.cpus * need.ranks, need.gpus * need.ranks)}"
-        + (" on one node" if need.packed else "")
+        f"{need.count} {need.role} of {need.cpus:g} CPU" + (" on one node" if need.packed else "")
         for need in needs
     )
-    free = ", ".join(f"{node.address} {amount(node.cpus, node.gpus)}" for node in nodes) or "nothing"
+    free = ", ".join(f"{node.address} {node.cpus:g} CPU" for node in nodes) or "nothing"
     return ResourceError(
         f"placement ({layout})",
         asked,

@@ -49,7 +49,6 @@ def free_nodes() -> list[Node]:
             node["NodeID"],
             node["NodeManagerAddress"],
             float(free.get(node["NodeID"], {}).get("CPU", 0.0)),
-            float(free.get(node["NodeID"], {}).get("GPU", 0.0)),
         )
         for node in ray.nodes()
         if node["Alive"]

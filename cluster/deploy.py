@@ -24,7 +24,7 @@ from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.scaling_config import Routing, ScalingConfig
 from fewstep.actors.serving.tracing import require_tracing
 from fewstep.cluster.admission import check_access, drain, ending
-from fewstep.cluster.served_models import AdaptedModel, check_model, model_sources
+from fewstep.cluster.served_models import AdaptedModel, check_model, check_sharding, model_sources
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
 from fewstep.platform.errors import ActorDied
@@ -70,7 +70,14 @@ class ServeConfig(Config):
     """Which replica a request goes to: of two, the one with fewer requests, or less work left, or the one that has seen
     the prompt's beginning unless it has much more to do; auto = prefix where `scaling` is on, else requests."""
     cpus_per_replica: float = Field(default=1.0, gt=0.0)
-    """Logical CPUs of each replica; torch uses as many threads, at least one."""
+    """Logical CPUs of each replica, and of each of its other ranks; torch uses as many threads, at least one."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Processes that share each replica's model: each holds its part of the heads and inner columns, and of the cache.
+    Must divide the model's key and value heads and its intermediate size."""
+    ranks_on: Literal["one_node", "any_node"] = "one_node"
+    """Where the ranks of a replica may be: they exchange twice a layer, so only a fast network makes up for two nodes."""
+    rank_deadline_s: float = Field(default=60.0, gt=0.0)
+    """A rank that has not answered within it is lost, and its replica is replaced."""
     max_sequences: int = Field(default=64, ge=1)
     """Requests that one engine denoises together; more wait."""
     cache_gib: float | None = Field(default=None, gt=0.0)
@@ -198,6 +205,7 @@ def checked_sources(config: ServeConfig, host: str) -> tuple[ModelSource, ...]:
     sources = model_sources(config.model, config.name, config.tracking_uri)
     for source in sources:
         check_model(source)
+        check_sharding(source, config.tensor_parallel)
     return sources
 
 
@@ -228,7 +236,7 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
 
     from fewstep.cluster.session import ray_session, require_resources
 
-    need = {"CPU": config.least_replicas * config.cpus_per_replica}
+    need = {"CPU": config.least_replicas * config.tensor_parallel * config.cpus_per_replica}
     if ray.is_initialized():
         require_resources(need)
         return
@@ -236,7 +244,7 @@ def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
         stack.enter_context(ray_session(address=config.address, need=need))
         return
     # Logical CPUs: two replicas of one CPU may share a core, so the session is never smaller than the need.
-    most = config.most_replicas * config.cpus_per_replica
+    most = config.most_replicas * config.tensor_parallel * config.cpus_per_replica
     cpus = max(math.ceil(most), len(os.sched_getaffinity(0)))
     stack.enter_context(ray_session(cpus, need=need))
 
@@ -252,7 +260,14 @@ def serving_options(config: ServeConfig, listen: tuple[str, int] | None = None) 
     return {
         "policy": config.policy,
         "max_tokens": config.max_tokens,
-        "engine": EngineOptions(config.max_sequences, config.dtype, config.cache_bytes),
+        "engine": EngineOptions(
+            config.max_sequences,
+            config.dtype,
+            config.cache_bytes,
+            config.tensor_parallel,
+            config.ranks_on == "one_node",
+            config.rank_deadline_s,
+        ),
         "num_replicas": config.num_replicas,
         "num_cpus": config.cpus_per_replica,
         "alias_poll_s": config.alias_poll_s,

@@ -10,7 +10,7 @@ from fewstep.actors.serving.model_source import ModelSource
 from fewstep.cluster.admission import check_access
 from fewstep.cluster.deploy import ServeConfig
 from fewstep.cluster.inspection import byte_text, inspect_model
-from fewstep.cluster.served_models import model_sources
+from fewstep.cluster.served_models import check_sharding, model_sources
 from fewstep.platform.errors import UserError
 from fewstep.platform.ports import free_port
 
@@ -66,12 +66,19 @@ def _models(config: ServeConfig) -> list[tuple[str, str]]:
     free = psutil.virtual_memory().available
     lines = [line for own, _ in found for line in own]
     lines += [
-        ("replicas", f"{_replicas(config)} of {config.cpus_per_replica:g} CPUs, each with every model"),
-        ("together", f"{byte_text(num_bytes)} of {byte_text(free)} free, and about 0.5 GiB of libraries a replica"),
+        ("replicas", f"{_replicas(config)} of {_ranks(config)}{config.cpus_per_replica:g} CPUs, each with every model"),
+        ("together", f"{byte_text(num_bytes)} of {byte_text(free)} free, and about 0.5 GiB of libraries a {'replica' if config.tensor_parallel == 1 else 'rank'}"),
     ]  # fmt: skip
     if num_bytes > free:
         lines.append(("warning", "more than is free: fewer replicas, or a smaller cache_gib"))
     return lines
+
+
+def _ranks(config: ServeConfig) -> str:
+    if config.tensor_parallel == 1:
+        return ""
+    where = "on one node" if config.ranks_on == "one_node" else "on any nodes"
+    return f"{config.tensor_parallel} ranks {where}, each of "
 
 
 def _model(config: ServeConfig, source: ModelSource) -> tuple[list[tuple[str, str]], int]:
@@ -80,8 +87,10 @@ def _model(config: ServeConfig, source: ModelSource) -> tuple[list[tuple[str, st
 
     from fewstep.actors.engine.cache import num_pages_for, page_bytes
     from fewstep.kernels.model.adapter_folder import check_adapter
+    from fewstep.kernels.model.checkpoint import rank_parameters
     from fewstep.kernels.model.config import ModelConfig
 
+    check_sharding(source, config.tensor_parallel)
     folder = Path(source.folder)
     report, model = inspect_model(folder), ModelConfig.load(folder)
     stored = report.stored_dtype if config.dtype == "saved" else config.dtype
@@ -90,6 +99,9 @@ def _model(config: ServeConfig, source: ModelSource) -> tuple[list[tuple[str, st
     torch_dtype = getattr(torch, dtype)
     pages = num_pages_for(model, torch_dtype, torch.device("cpu"), config.max_sequences, config.cache_bytes)
     weights, cache = report.weight_bytes.get(dtype, report.file_bytes), pages * page_bytes(model, torch_dtype)
+    itemsize = weights // report.parameters
+    first, other = (rank_parameters(model, config.tensor_parallel, rank) * itemsize for rank in (0, 1))
+    weights = first + (config.tensor_parallel - 1) * other
     lines = [
         ("model", f"{source.name}, {folder}: {report.family}, {report.parameters:,} parameters, {dtype}"),
         ("memory", f"a replica: {byte_text(weights)} of weights, {byte_text(cache)} for {pages:,} pages of keys and values"),
@@ -97,4 +109,12 @@ def _model(config: ServeConfig, source: ModelSource) -> tuple[list[tuple[str, st
     if source.adapter:
         header = check_adapter(Path(source.adapter), model)
         lines.insert(1, ("adapter", f"{source.adapter}: rank {header.rank}, merged into weights of its own"))
+    if config.tensor_parallel > 1:
+        share = byte_text(cache // config.tensor_parallel)
+        lines.append(
+            (
+                "ranks",
+                f"{config.tensor_parallel}: {byte_text(first)} of weights on the first, {byte_text(other)} on each other, {share} of keys and values on each",
+            )
+        )
     return lines, weights + cache

@@ -10,6 +10,8 @@ from pathlib import Path
 from pydantic import Field
 
 from fewstep.actors.serving.model_source import ModelSource
+from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.sharding import require_shardable
 from fewstep.platform.config import Config
 from fewstep.platform.errors import ConfigError
 
@@ -72,7 +74,6 @@ def check_model(source: ModelSource) -> None:
     from fewstep.actors.serving.chat import ChatTemplate
     from fewstep.kernels.model.adapter_folder import check_adapter
     from fewstep.kernels.model.checkpoint import check_weights
-    from fewstep.kernels.model.config import ModelConfig
     from fewstep.kernels.model.tokenizer_file import load_tokenizer
 
     folder = Path(source.folder)
@@ -82,6 +83,22 @@ def check_model(source: ModelSource) -> None:
     ChatTemplate(folder)
     if source.adapter:
         check_adapter(Path(source.adapter), config)
+
+
+def check_sharding(source: ModelSource, num_ranks: int) -> None:
+    """Whether a model can be shared among so many ranks.
+
+    Raises:
+        ConfigError: its sizes do not allow that number, or it has an adapter.
+    """
+    if num_ranks == 1:
+        return
+    if source.adapter:
+        raise ConfigError(
+            "tensor_parallel", f"{num_ranks}, and {source.name!r} has an adapter", "1 with adapters",
+            "`fewstep export` it merged, and serve that",
+        )  # fmt: skip
+    require_shardable(ModelConfig.load(Path(source.folder)), num_ranks)
 
 
 def _source(entry: Entry, name: str, tracking_uri: str) -> ModelSource:

@@ -6,6 +6,7 @@ D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,18 +50,25 @@ def num_pages_for(
     """
     size = page_bytes(config, dtype)
     usable = max_sequences * (-(-context_length(config) // page_size(config)))
-    budget = memory_bytes if memory_bytes is not None else _free_bytes(device) // 2
+    budget = memory_bytes if memory_bytes is not None else free_bytes(device) // 2
     return min(usable, budget // size)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that the device has left."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 class PageStore:
-    """[layers, P, s, K, D], for keys and for values."""
+    """[layers, P, s, K, D], for keys and for values.
+
+    Attributes:
+        on_wipe: told of wiped pages, for whoever holds other heads of the same pages.
+    """
+
+    on_wipe: Callable[[list[int]], None] | None = None
 
     def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         self.page_size, self.page_bytes = page_size(config), page_bytes(config, dtype)
@@ -78,6 +86,8 @@ class PageStore:
         """Zero pages: a NaN left behind would reach its next user even under a mask, as 0 · NaN."""
         self.keys[:, pages] = 0
         self.values[:, pages] = 0
+        if self.on_wipe is not None:
+            self.on_wipe(pages)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -164,7 +174,10 @@ class PackedAttention:
         stale: rows of sequences whose approximate cache this forward refreshes; None where there are none.
     Attributes:
         drift: float32 [number of sequences with stale rows], ‖K - K'‖ / ‖K‖ summed over layers.
+        total: sums over those who hold other heads; None = all heads are here.
     """
+
+    total: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -231,8 +244,7 @@ class PackedAttention:
         assert self.stale is not None
         rows, owner = self.stale.rows, self.stale.owner
         new = k[rows].float()
-        changed = torch.zeros_like(self.drift).index_add_(
-            0, owner, (new - old.float()).square().flatten(1).sum(1)
-        )
-        whole = torch.zeros_like(self.drift).index_add_(0, owner, new.square().flatten(1).sum(1))
+        squares = torch.stack(((new - old.float()).square(), new.square())).flatten(2).sum(2)
+        sums = torch.zeros((2, len(self.drift)), device=self.drift.device).index_add_(1, owner, squares)
+        changed, whole = sums if self.total is None else self.total(sums)
         self.drift += (changed / whole.clamp(min=1e-30)).sqrt()

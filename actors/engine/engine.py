@@ -22,7 +22,7 @@ from fewstep.actors.engine.static_step import StaticSteps
 from fewstep.actors.engine.text import TextStream, decode, find_stop
 from fewstep.actors.engine.watch import view_of
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.platform.errors import CheckpointError, RequestError
+from fewstep.platform.errors import RequestError
 from fewstep.platform.records import FinishReason, Trajectory, WeightVersion
 
 
@@ -44,7 +44,7 @@ class Engine:
             by a forward of their own (same tokens, more forwards).
         max_rows: rows of a prompt that a request computes in one forward; None = all.
         static_steps: run forwards whose shapes allow it as steps of fixed shape (see `StaticSteps`), on a GPU as CUDA
-            graphs; None = on a GPU, unless the model is a mixture of experts. Same tokens either way.
+            graphs; None = on a GPU, unless the model is a mixture of experts or sharded. Same tokens either way.
 
     Raises:
         CheckpointError: a model that is not denoised block by block or as a whole.
@@ -74,12 +74,12 @@ class Engine:
         self._drift_sum, self._drift_count = 0.0, 0
         self._pace = Pace()
         weight = model.head_weight
-        num_pages = num_pages_for(self.config, weight.dtype, weight.device, max_sequences, memory_bytes)
-        self._page_bytes = page_bytes(self.config, weight.dtype)
-        self._store = PageStore(self.config, num_pages, weight.dtype, weight.device)
+        num_pages = num_pages_for(self.model.held, weight.dtype, weight.device, max_sequences, memory_bytes)
+        self._page_bytes = page_bytes(self.model.held, weight.dtype)
+        self._store = PageStore(self.model.held, num_pages, weight.dtype, weight.device)
         self._pool = PagePool(num_pages, prefix_cache and self.config.attention_kind == "block_causal")
         self._canvases = Canvases(self.config, max_sequences, self._store, weight.device)
-        capture = weight.device.type == "cuda" and self.config.moe is None
+        capture = weight.device.type == "cuda" and self.config.moe is None and self.model.alone
         self._static: StaticSteps | None = None
         if capture if static_steps is None else static_steps:
             self._static = StaticSteps(self.model, self._canvases, self._store, capture)
@@ -180,18 +180,7 @@ class Engine:
         Raises:
             CheckpointError: a tensor is missing, surplus or of another shape; the old weights stay whole.
         """
-        own = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        new = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if own != new:
-            differing = sorted(name for name in own.keys() | new.keys() if own.get(name) != new.get(name))
-            raise CheckpointError(
-                f"weights {version}",
-                f"a different {differing[0]}",
-                "the engine's tensors",
-                "push the same model",
-            )
-        self.model.load_state_dict(dict(state))
-        self.model.pack()
+        self.model.take_weights(state)
         self.weight_version = version
         for sequence in self._scheduler.running.values():
             sequence.root = str(version)

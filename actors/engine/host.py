@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,6 +71,7 @@ class EngineHost:
 
     Args:
         open_engine: makes the engine, in the child.
+        inherited: descriptors that the child gets under the numbers they have here; they stay the caller's.
     Raises:
         UserError: what `open_engine` raised; ActorDied: the child ended before the engine was there.
 
@@ -80,7 +81,7 @@ class EngineHost:
         death: why no requests are served; None = they are.
     """
 
-    def __init__(self, open_engine: OpenEngine) -> None:
+    def __init__(self, open_engine: OpenEngine, inherited: Sequence[int] = ()) -> None:
         self._readers: dict[int, _Reader] = {}
         self._calls: dict[int, Future[None]] = {}
         self._numbers = itertools.count()
@@ -88,7 +89,7 @@ class EngineHost:
         self._closing = False
         self.death: ActorDied | None = None
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-        self._process, self._connection = _start()
+        self._process, self._connection = _start(inherited)
         self.pid = self._process.pid
         self._log = threading.Thread(target=self._pass_lines_on, name="fewstep-engine-log", daemon=True)
         self._log.start()
@@ -297,7 +298,7 @@ class EngineHost:
             return self._process.wait()
 
 
-def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+def _start(inherited: Sequence[int]) -> tuple[subprocess.Popen[bytes], Connection]:
     """The child, and this side of its socket. It finds modules where this process does."""
     ours, theirs = socket.socketpair()
     with theirs:
@@ -307,7 +308,7 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *inherited],
             env={**os.environ, "PYTHONPATH": path},
         )
     return process, Connection(ours.detach())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewstep.actors.engine.rendezvous import Rendezvous
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.kernels.model.config import ComputeDtype
 
@@ -23,12 +24,21 @@ class EngineOptions:
 
     Attributes:
         max_sequences: requests denoised together; more wait in the engine.
-        dtype: to compute in; memory_bytes: for cached keys and values (see `Engine`).
+        dtype: to compute in; memory_bytes: for cached keys and values (see `Engine`), of all ranks together.
+        num_ranks: processes that share each model; one_node: all on one, or wherever there is room.
+        rank_deadline_s: a rank that has not answered within it is lost, and the replica with it.
+        place: where the model's ranks meet, of which the engine's process becomes the first; None = it is not sharded.
+        listener: descriptor of the socket at that place, in the engine's process.
     """
 
     max_sequences: int = 64
     dtype: ComputeDtype = "saved"
     memory_bytes: int | None = None
+    num_ranks: int = 1
+    one_node: bool = True
+    rank_deadline_s: float = 60.0
+    place: Rendezvous | None = None
+    listener: int | None = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def load_service(
     """
     folder = Path(source.folder)
     chat, created = ChatTemplate(folder), created_of(Path(source.weights))
-    host = EngineHost(EngineSource(source, options, num_threads))
+    inherited = () if options.listener is None else (options.listener,)
+    host = EngineHost(EngineSource(source, options, num_threads), inherited)
     # Read by the engine's process already, so it is there and fits.
     tokenizer = load_tokenizer(folder, host.config)
     served = ServedModel(source.name, created, host.config, tokenizer, chat, policy, max_tokens)

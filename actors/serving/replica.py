@@ -7,7 +7,9 @@ answers clients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -46,7 +48,7 @@ class ServingReplica:
         policy: what a request that says nothing is decoded with.
         max_tokens: of one answer when the request does not say.
         engine: how each engine runs.
-        num_threads: of torch in each engine's process.
+        num_cpus: logical CPUs of each rank, and torch's threads in each engine's process, at least one.
         alias_poll_s: seconds between two looks at an alias.
         desk: who is let in, and what is written down.
         listen: host and port to listen on in this process; None = requests come through Serve's proxy.
@@ -58,12 +60,13 @@ class ServingReplica:
         policy: DecodePolicy,
         max_tokens: int,
         engine: EngineOptions,
-        num_threads: int,
+        num_cpus: float,
         alias_poll_s: float,
         desk: DeskOptions,
         listen: tuple[str, int] | None = None,
     ) -> None:
         # A Ray worker imports this module before it knows what it is for.
+        from fewstep.actors.ranks import RankGroup
         from fewstep.actors.serving.alias_follower import AliasFollower
         from fewstep.actors.serving.app import create_app
         from fewstep.actors.serving.desk import Desk
@@ -71,10 +74,24 @@ class ServingReplica:
         from fewstep.actors.serving.loading import load_service
 
         logging.getLogger("fewstep").setLevel(logging.INFO)
+        self._ranks = (
+            RankGroup(
+                engine.num_ranks,
+                len(sources),
+                num_cpus,
+                one_node=engine.one_node,
+                deadline_s=engine.rank_deadline_s,
+            )
+            if engine.num_ranks > 1
+            else None
+        )
         self._services: list[CompletionService] = []
         try:
             for source in sources:
-                self._services.append(load_service(source, policy, max_tokens, engine, num_threads))
+                with self._sharded(engine) as options:
+                    self._services.append(
+                        load_service(source, policy, max_tokens, options, max(1, int(num_cpus)))
+                    )
         except BaseException:
             self._close_engines()
             raise
@@ -87,6 +104,15 @@ class ServingReplica:
         self._front = (
             Front(create_app(*self._services, desk=self._desk), *listen) if listen is not None else None
         )
+
+    @contextmanager
+    def _sharded(self, engine: EngineOptions) -> Iterator[EngineOptions]:
+        """Options of one model's engine, which is rank 0 of its ranks if it has others."""
+        if self._ranks is None:
+            yield engine
+            return
+        with self._ranks.meeting() as meeting:
+            yield replace(engine, place=meeting.place, listener=meeting.fileno())
 
     def _engines(self) -> dict[str, EngineHost]:
         return {service.model.name: service.host for service in self._services}
@@ -140,9 +166,12 @@ class ServingReplica:
 
     def check_health(self) -> None:
         """Ray Serve's hook: an error replaces this replica by a new one."""
+        # Engines first: without them their ranks end, too, and theirs is not the cause to show.
         for service in self._services:
             if service.host.death is not None:
                 raise service.host.death
+        if self._ranks is not None:
+            self._ranks.check()
         if self._front is not None:
             self._front.check()
 
@@ -165,7 +194,7 @@ def application(
     """The Ray Serve application of one endpoint.
 
     Args:
-        num_cpus: logical CPUs of each replica, and torch's threads, at least one.
+        num_cpus: logical CPUs of each rank of each replica.
         drain_s: what an ending replica gives the requests it has accepted.
         scaling, routing: how many replicas, in place of `num_replicas`, and which one a request goes to.
         others: as ServingReplica's.
@@ -179,9 +208,20 @@ def application(
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,
         **deployment_options(num_replicas, scaling, routing),
+        **_group(engine, num_cpus),
     )
     ingress = serve.ingress()(ServingReplica)
     bound: Application = configure(ingress).bind(
-        tuple(sources), policy, max_tokens, engine, max(1, int(num_cpus)), alias_poll_s, desk, listen
+        tuple(sources), policy, max_tokens, engine, num_cpus, alias_poll_s, desk, listen
     )
     return bound
+
+
+def _group(engine: EngineOptions, num_cpus: float) -> dict[str, Any]:
+    """A placement group for each replica with other ranks: its own bundle is the first."""
+    if engine.num_ranks == 1:
+        return {}
+    return {
+        "placement_group_bundles": [{"CPU": num_cpus}] * engine.num_ranks,
+        "placement_group_strategy": "STRICT_PACK" if engine.one_node else "PACK",
+    }

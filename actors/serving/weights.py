@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from fewstep.actors.engine.engine import Engine
-from fewstep.actors.engine.request import Request
+from fewstep.actors.engine.sharded_model import ShardedTransformer
 from fewstep.actors.serving.engine_source import EngineOptions
 from fewstep.actors.serving.model_source import ModelSource
+from fewstep.actors.serving.sharded_weights import open_sharded, proved_sharded
+from fewstep.actors.serving.trial import require_text, torch_dtype, version_of
 from fewstep.kernels.model.adapter_folder import load_adapter
 from fewstep.kernels.model.checkpoint import load_model, load_state, state_checksum
 from fewstep.kernels.model.config import ComputeDtype, ModelConfig
 from fewstep.kernels.model.lora import merge_into
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.platform.errors import CheckpointError, RequestError
-from fewstep.platform.records import DecodePolicy, WeightVersion
+from fewstep.platform.errors import CheckpointError
+from fewstep.platform.records import WeightVersion
 
 
 def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
@@ -27,7 +28,17 @@ def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
 
     Raises:
         CheckpointError: the folder is not a whole model, or the adapter does not fit it.
+        ActorDied: not all ranks came.
     """
+    if options.place is not None:
+        return open_sharded(
+            source,
+            place=options.place,
+            listener=options.listener,
+            max_sequences=options.max_sequences,
+            dtype=options.dtype,
+            memory_bytes=options.memory_bytes,
+        )
     model, tokenizer = load_model(Path(source.folder), torch_dtype(options.dtype))
     if source.adapter:
         factors, scale = load_adapter(Path(source.adapter), model.config)
@@ -36,14 +47,14 @@ def open_engine(source: ModelSource, options: EngineOptions) -> Engine:
         model,
         tokenizer,
         max_sequences=options.max_sequences,
-        weight_version=_version_of(source, source.address, state_checksum(model.state_dict())),
+        weight_version=version_of(source, source.address, state_checksum(model.state_dict())),
         memory_bytes=options.memory_bytes,
     )
 
 
 def proved_weights(
     engine: Engine, source: ModelSource, address: str, folder: Path, dtype: ComputeDtype
-) -> tuple[dict[str, torch.Tensor], WeightVersion]:
+) -> tuple[Mapping[str, torch.Tensor], WeightVersion]:
     """Weights that can take the place of an engine's, proved by generating a block with them beside it.
 
     Raises:
@@ -57,36 +68,12 @@ def proved_weights(
     tokenizer = load_tokenizer(folder, config)
     if tokenizer.to_str() != engine.tokenizer.to_str():
         raise CheckpointError(address, "another tokenizer", "that of the model served", "serve it by itself")
+    if isinstance(engine.model, ShardedTransformer):
+        return proved_sharded(engine.model, source, address, folder, dtype)
     state = load_state(folder, config, torch_dtype(dtype))
-    _require_text(address, config, tokenizer, state)
-    return state, _version_of(source, address, state_checksum(state))
-
-
-def torch_dtype(dtype: ComputeDtype) -> torch.dtype | None:
-    """None = as the checkpoint has it."""
-    if dtype == "saved":
-        return None
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
-def _require_text(
-    address: str, config: ModelConfig, tokenizer: Tokenizer, state: Mapping[str, torch.Tensor]
-) -> None:
     # On the loaded tensors themselves: no second copy, and requests of the serving engine never see them.
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(dict(state), assign=True)
-    engine = Engine(model, tokenizer, max_sequences=1, weight_version=WeightVersion("trial", 0, "0"))
-    trial = Request("trial", (config.eos_token_id,), DecodePolicy(), config.block_size, ignore_eos=True)
-    try:
-        engine.generate([trial])
-    except RequestError as error:
-        raise CheckpointError(
-            address, f"weights that do not generate ({error.got})", "a model", "register a working version"
-        ) from error
-
-
-def _version_of(source: ModelSource, address: str, checksum: str) -> WeightVersion:
-    number = address.rpartition("/")[2]
-    return WeightVersion(source.name, int(number) if number.isdigit() else 0, checksum)
+    model.load_state_dict(state, assign=True)
+    require_text(address, model, tokenizer)
+    return state, version_of(source, address, state_checksum(state))

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.families import Piece, family_of
 from fewstep.kernels.model.families.names import ROUTER_BIAS
+from fewstep.kernels.model.sharding import WHOLE, Shard, held_by, is_summand_bias, part_of, require_shardable
 from fewstep.kernels.model.shards import INDEX_FILE, ShardedTensors, write_shards
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.kernels.model.transformer import Transformer
@@ -58,35 +60,39 @@ def state_checksum(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def load_state(
-    folder: Path, config: ModelConfig, dtype: torch.dtype | None = None
+    folder: Path, config: ModelConfig, dtype: torch.dtype | None = None, shard: Shard = WHOLE
 ) -> dict[str, torch.Tensor]:
     """The weights of a folder under the transformer's names; names and shapes are checked before any is read.
 
     Memory: one copy of the weights and at most 64 MiB of a mapped file. Tensors go from the file to their place in one
-    step: temporary ones between them would fragment the heap by a sixth of the weights.
+    step: temporary ones between them would fragment the heap by a sixth of the weights. Of a shard that is one copy of its
+    part: tensors are views of a mapped file, of which only what is copied is read.
 
     Args:
+        config: of the whole model.
         dtype: to convert each tensor to as it is read; None = as stored.
+        shard: load the part of this rank only (see `sharding`).
     Raises:
         CheckpointError: names the missing, surplus, or wrongly shaped tensors as the files spell them.
     """
-    return dict(read_state(folder, config, dtype))
+    return dict(read_state(folder, config, dtype, shard))
 
 
 def read_state(
-    folder: Path, config: ModelConfig, dtype: torch.dtype | None = None
+    folder: Path, config: ModelConfig, dtype: torch.dtype | None = None, shard: Shard = WHOLE
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """As `load_state`, one tensor of the transformer at a time, each as soon as all of it is read: for whoever keeps a
     part of each only."""
     files = ShardedTensors(folder)
     pieces = _checked_pieces(files, config)
+    pieces = {name: [part for part in parts if held_by(part.target, shard)] for name, parts in pieces.items()}
     left = Counter(piece.target for parts in pieces.values() for piece in parts)
     state: dict[str, torch.Tensor] = {}
     shapes = own_shapes(config)
-    for name, tensor in files.read():
+    for name, tensor in files.read({name for name, parts in pieces.items() if parts}):
         for piece in pieces[name]:
             wanted = tensor.dtype if dtype is None or piece.target.endswith(ROUTER_BIAS) else dtype
-            _place(state, piece, tensor, wanted, shapes[piece.target], files.where)
+            _place(state, piece, tensor, wanted, shapes[piece.target], files.where, shard)
             left[piece.target] -= 1
             if not left[piece.target]:
                 yield piece.target, state.pop(piece.target)
@@ -161,6 +167,24 @@ def own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
 
 
+def rank_parameters(config: ModelConfig, num_ranks: int, rank: int) -> int:
+    """Parameters that one of several ranks holds.
+
+    Raises:
+        ConfigError: the model cannot be dealt to so many ranks.
+    """
+    require_shardable(config, num_ranks)
+    shard = Shard(rank, num_ranks)
+    return sum(
+        prod(
+            len(range(*part.indices(size)))
+            for part, size in zip(part_of(name, shape, shard), shape, strict=True)
+        )
+        for name, shape in own_shapes(config).items()
+        if held_by(name, shard)
+    )
+
+
 def _pieces_by_source(config: ModelConfig) -> dict[str, list[Piece]]:
     pieces: dict[str, list[Piece]] = {}
     for piece in family_of(config).pieces(config):
@@ -216,26 +240,32 @@ def _place(
     dtype: torch.dtype,
     shape: tuple[int, ...],
     where: str,
+    shard: Shard,
 ) -> None:
-    """Copy a source tensor, or its rows, to where they belong in the state."""
+    """Copy a shard's part of a source tensor, or of its rows, to where it belongs in the state."""
+    part = part_of(piece.target, shape, shard)
     target = state.get(piece.target)
     if piece.first_row is None and piece.index is None:
+        own = tensor[part]
         if target is None:
-            state[piece.target] = tensor.to(dtype, copy=True)
-        elif not torch.equal(target, tensor.to(dtype)):
+            state[piece.target] = own.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        elif not torch.equal(target, own.to(dtype)):
             raise CheckpointError(
                 f"{where}: tie_word_embeddings",
                 "a stored head that is not the embedding",
                 "the same tensor twice",
                 "set it to false in config.json",
             )
-        return
-    if target is None:
-        target = state[piece.target] = tensor.new_empty(shape, dtype=dtype)
-    if piece.index is not None:
-        target = target[piece.index]
-    first = piece.first_row or 0
-    target.copy_(tensor[first : first + len(target)])
+    else:
+        if target is None:
+            sizes = [len(range(*own.indices(size))) for own, size in zip(part, shape, strict=True)]
+            target = state[piece.target] = tensor.new_empty(sizes, dtype=dtype)
+        if piece.index is not None:
+            target, part, shape = target[piece.index], part[1:], shape[1:]
+        first = piece.first_row or 0
+        target.copy_(tensor[first : first + shape[0]][part])
+    if is_summand_bias(piece.target) and not shard.leads:
+        state[piece.target].zero_()
 
 
 def _write_weights(

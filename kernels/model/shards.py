@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,15 @@ class ShardedTensors:
         """The path to name in messages."""
         return str(self.folder / (SINGLE_FILE if self.index_text is None else INDEX_FILE))
 
-    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, in file order, as a view of its file: copy what is to stay. At most 64 MiB are mapped at a time
-        (or the one tensor that is larger)."""
+    def read(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, or those wanted, in file order, as a view of its file: copy what is to stay. At most 64 MiB are
+        mapped at a time (or the one tensor that is larger)."""
         for file in self.metadata:
-            names = [name for name, entry in self.entries.items() if entry.file == file]
+            names = [
+                name
+                for name, entry in self.entries.items()
+                if entry.file == file and (wanted is None or name in wanted)
+            ]
             while names:
                 with self._open(file) as reader:
                     budget = _MAPPED_BYTES

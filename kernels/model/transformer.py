@@ -7,7 +7,7 @@ weights' arithmetic is written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from fewstep.kernels.model.feed_forward import MLP, MixtureOfExperts
 from fewstep.kernels.model.rotary import rotary_table
 from fewstep.kernels.norm import rms_norm
 from fewstep.kernels.rope import apply_rope
+from fewstep.platform.errors import CheckpointError
 
 # (layer index, q [N,R,H,D], k [N,R,K,D], v [N,R,K,D], cos, sin float32 [N,R,1,D'/2]) -> [N,R,H,D], D' the rotated
 # dimensions. Queries and keys come before their rotation, so that rotating keys and storing them can be one pass.
@@ -116,7 +117,10 @@ class Transformer(nn.Module):
 
     Attributes:
         gradient_checkpointing: keep each layer's input only and run the layer again in the backward pass.
+        alone: whether a forward is this process's work and nobody else's, so that a GPU may repeat it as a graph.
     """
+
+    alone = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -151,29 +155,45 @@ class Transformer(nn.Module):
             rows: int64 [A], indices into R: only these are asked for, [N, A, d]. The last layer then does nothing for
                 the others but their keys and values, which in a model of L layers saves up to 1/L of the work.
         """
-        x = self.embed_norm(self.embed_tokens(tokens))
-        cos = self.rope_cos[positions][:, :, None]  # type: ignore[index]
-        sin = self.rope_sin[positions][:, :, None]  # type: ignore[index]
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            wanted = rows if index == last else None
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, index, attention, wanted, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, index, attention, wanted)
-        return self.norm(x)  # type: ignore[no-any-return]
+        x = self.embed(tokens)
+        cos, sin = rotary_rows(self.rope_cos, self.rope_sin, positions)
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self.norm(run_layers(self.layers, x, cos, sin, attention, rows, checkpointing))  # type: ignore[no-any-return]
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first layer is given, [N, R, d] of int64 tokens [N, R]."""
+        return self.embed_norm(self.embed_tokens(tokens))  # type: ignore[no-any-return]
+
+    @property
+    def held(self) -> ModelConfig:
+        """The configuration of the part whose keys and values this process computes: here, of everything."""
+        return self.config
 
     @property
     def head_weight(self) -> torch.Tensor:
         """[V, d], the embedding where the head is tied to it."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def take_weights(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy other weights over these and lay them out for inference.
+
+        Raises:
+            CheckpointError: names a tensor that is missing, surplus or of another shape; the old weights stay whole.
+        """
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        new = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if own != new:
+            differing = sorted(name for name in own.keys() | new.keys() if own.get(name) != new.get(name))
+            raise CheckpointError(
+                "weights", f"a different {differing[0]}", "the engine's tensors", "push the same model"
+            )
+        self.load_state_dict(dict(state))
+        self.pack()
+
     def pack(self) -> None:
         """Lay the weights out for inference as they are now (see `fewstep.kernels.linear`); to be called again after a
         change. Results differ from unpacked ones by less than a rounding of bfloat16."""
-        for module in self.modules():
-            if isinstance(module, Projection):
-                module.pack()
+        pack_projections(self)
         self.packed_head = pack_head(self.head_weight)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -188,6 +208,40 @@ class Transformer(nn.Module):
         with torch.no_grad():
             for name, values in fresh_weights(self.config, seed):
                 self.get_parameter(name).copy_(values)
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    attention: Attention,
+    rows: torch.Tensor | None,
+    checkpointing: bool = False,
+) -> torch.Tensor:
+    """[N, R, d] through the layers, [N, A, d] of the asked rows; see `Transformer.forward`."""
+    last = len(layers) - 1
+    for index, layer in enumerate(layers):
+        wanted = rows if index == last else None
+        if checkpointing:
+            x = checkpoint(layer, x, cos, sin, index, attention, wanted, use_reentrant=False)
+        else:
+            x = layer(x, cos, sin, index, attention, wanted)
+    return x
+
+
+def rotary_rows(
+    cos: torch.Tensor | nn.Module, sin: torch.Tensor | nn.Module, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [N, R, 1, D'/2] of the rotary tables at positions [N, R]."""
+    return cos[positions][:, :, None], sin[positions][:, :, None]  # type: ignore[index]
+
+
+def pack_projections(module: nn.Module) -> None:
+    """Lay out the weights of every projection below a module, as they are now."""
+    for part in module.modules():
+        if isinstance(part, Projection):
+            part.pack()
 
 
 def masked_attention(visible: torch.Tensor) -> Attention:

@@ -11,30 +11,22 @@ from hypothesis import strategies as st
 from fewstep.actors.bundles import Need, Node, Placement, place
 from fewstep.platform.errors import ResourceError
 
-nodes_of = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 8)), min_size=1, max_size=5).map(
-    lambda sizes: [Node(f"n{i}", f"10.0.0.{i}", c, g) for i, (c, g) in enumerate(sizes)]
+nodes_of = st.lists(st.integers(0, 12), min_size=1, max_size=5).map(
+    lambda sizes: [Node(f"n{i}", f"10.0.0.{i}", cpus) for i, cpus in enumerate(sizes)]
 )
 trainer = st.builds(
-    Need, st.just("trainer ranks"), st.integers(1, 4), st.sampled_from([0.4, 1.0]), st.sampled_from([0.0, 1.0]),
-    packed=st.just(True),
-)  # fmt: skip
-replicas = st.builds(
-    Need, st.just("replicas"), st.integers(1, 6), st.sampled_from([0.5, 1.0]), st.sampled_from([0.0, 1.0]),
-    ranks=st.integers(1, 4),
-)  # fmt: skip
+    Need, st.just("trainer ranks"), st.integers(1, 4), st.sampled_from([0.4, 1.0]), packed=st.just(True)
+)
+replicas = st.builds(Need, st.just("replicas"), st.integers(1, 6), st.sampled_from([0.5, 1.0, 3.0]))
 
 
 def holds(placement: Placement, nodes: list[Node], needs: list[Need]) -> None:
     for node in nodes:
         here = [bundle for bundle in placement.bundles if bundle.node == node]
         assert sum(bundle.cpus for bundle in here) <= node.cpus + 1e-6
-        assert sum(bundle.gpus for bundle in here) <= node.gpus + 1e-6
     for need in needs:
         own = [bundle for bundle in placement.bundles if bundle.role == need.role]
         assert [bundle.index for bundle in own] == list(range(need.count))
-        assert all(
-            bundle.gpus == need.gpus * need.ranks for bundle in own
-        )  # a replica's ranks share its node
         if need.packed:
             assert len({bundle.node for bundle in own}) == 1
 
@@ -64,18 +56,15 @@ def test_every_placement_fits_and_keeps_together_what_belongs_together(
 def feasible(nodes: list[Node], ranks: Need, engines: Need, layout: str) -> bool:
     """Whether any placement exists: every node for the trainer, then as many replicas as each node holds."""
     for host in nodes:
-        cpus, gpus = ranks.count * ranks.cpus, ranks.count * ranks.gpus
-        if cpus > host.cpus + 1e-9 or gpus > host.gpus:
+        cpus = ranks.count * ranks.cpus
+        if cpus > host.cpus + 1e-9:
             continue
         room = 0
         for node in nodes:
             if (layout == "split" and node == host) or (layout == "colocated" and node != host):
                 continue
-            free = (node.cpus - cpus, node.gpus - gpus) if node == host else (node.cpus, node.gpus)
-            fits = int((free[0] + 1e-9) // (engines.cpus * engines.ranks))
-            if engines.gpus:
-                fits = min(fits, int(free[1] // (engines.gpus * engines.ranks)))
-            room += max(0, fits)
+            free = node.cpus - cpus if node == host else node.cpus
+            room += max(0, int((free + 1e-9) // engines.cpus))
         if room >= engines.count:
             return True
     return False
@@ -102,15 +91,13 @@ def test_auto_leaves_the_trainers_node_alone_while_there_is_room_elsewhere() -> 
 
 
 def test_the_text_says_what_each_node_gets() -> None:
-    needs = [Need("trainer ranks", 2, 0.5, 1.0, packed=True), Need("replicas", 1, 1.0, 1.0, ranks=2)]
-    text = place([Node("a", "10.0.0.1", 8.0, 2.0), Node("b", "10.0.0.2", 8.0, 2.0)], needs).text()
-    assert "10.0.0.1: 2 trainer ranks (1 of 8 free CPUs, 2 of 2 GPUs)" in text
-    assert "10.0.0.2: 1 replicas (2 of 8 free CPUs, 2 of 2 GPUs)" in text
+    needs = [Need("trainer ranks", 2, 0.5, packed=True), Need("replicas", 1, 2.0)]
+    text = place([Node("a", "10.0.0.1", 8.0), Node("b", "10.0.0.2", 8.0)], needs).text()
+    assert "10.0.0.1: 2 trainer ranks (1 of 8 free CPUs)" in text
+    assert "10.0.0.2: 1 replicas (2 of 8 free CPUs)" in text
 
 
 def test_a_refusal_is_one_line_with_what_is_asked_and_what_is_free() -> None:
-    with pytest.raises(
-        ResourceError, match=r"3 replicas of 4 CPU and 2 GPU.*10\.0\.0\.1 8 CPU and 2 GPU"
-    ) as caught:
-        place([Node("a", "10.0.0.1", 8.0, 2.0)], [Need("replicas", 3, 2.0, 1.0, ranks=2)])
+    with pytest.raises(ResourceError, match=r"3 replicas of 4 CPU.*10\.0\.0\.1 8 CPU") as caught:
+        place([Node("a", "10.0.0.1", 8.0)], [Need("replicas", 3, 4.0)])
     assert "\n" not in str(caught.value)

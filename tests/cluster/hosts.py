@@ -28,6 +28,8 @@ HEALTH = {
     "RAY_health_check_timeout_ms": "6000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_raylet_start_wait_time_s": "180",
+    # As in a session of our own: at Ray's nice 15 whatever else the machine does leaves workers no time to start in.
+    "RAY_worker_niceness": "0",
 }
 # Whatever ends the tests, a signal or SIGKILL included, ends their end of this process's standard input, and with that the
 # hosts, everything that runs on them and their folder.

@@ -346,3 +346,8 @@ def test_loading_never_holds_a_second_copy(dtype: str, tmp_path: Path) -> None:
     assert measured["weights_bytes"] > 240 * 2**20
     # 64 MiB of the file and what the allocator rounds up; a second copy would be at least 240 MiB.
     assert measured["peak_bytes"] < measured["weights_bytes"] + 80 * 2**20
+    for rank in range(2):
+        words = [sys.executable, script, folder, dtype, str(rank), "2"]
+        part = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        assert part["weights_bytes"] < 0.6 * measured["weights_bytes"]
+        assert part["peak_bytes"] < part["weights_bytes"] + 80 * 2**20

@@ -6,15 +6,19 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from tests.actors.engine.sharded_ranks import following
 from tests.actors.serving.conftest import listening
 from tests.actors.serving.tiny import build_tokenizer, tiny_model
 
+from fewstep.actors.engine.rendezvous import MeetingPoint
 from fewstep.actors.serving.alias_follower import AliasFollower
 from fewstep.actors.serving.engine_source import EngineOptions
 from fewstep.actors.serving.loading import load_service
@@ -31,6 +35,7 @@ from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import DecodePolicy
 
 ENGINE = EngineOptions(max_sequences=8)
+both = pytest.mark.parametrize("num_ranks", [1, 2], indirect=True)
 GREEDY: dict[str, Any] = {"model": "served", "prompt": "abcdef", "max_tokens": 32, "temperature": 0}
 
 
@@ -55,7 +60,9 @@ def register(uri: str, folder: Path, model: Transformer, name: str = "served") -
 
 
 def model_of(seed: int, context: int = 2048) -> Transformer:
-    model = tiny_model(build_tokenizer(), context)
+    """For two ranks, too."""
+    config = tiny_model(build_tokenizer(), context).config
+    model = Transformer(config.model_copy(update={"num_key_value_heads": 2}))
     model.initialise(seed)
     return model.eval()
 
@@ -87,11 +94,29 @@ def source(versions: str) -> ModelSource:
 
 
 @pytest.fixture
-def service(source: ModelSource) -> Iterator[CompletionService]:
+def num_ranks(request: pytest.FixtureRequest) -> int:
+    """That share the model, where the test asks for several."""
+    return getattr(request, "param", 1)
+
+
+@pytest.fixture
+def service(source: ModelSource, num_ranks: int) -> Iterator[CompletionService]:
+    with loaded(source, num_ranks) as made:
+        yield made
+
+
+@contextmanager
+def loaded(source: ModelSource, num_ranks: int) -> Iterator[CompletionService]:
     torch.set_num_threads(1)
-    made = load_service(source, DecodePolicy(), 24, ENGINE, num_threads=1)
-    yield made
-    made.host.close()
+    with ExitStack() as stack:
+        options = ENGINE
+        if num_ranks > 1:
+            meeting = stack.enter_context(closing(MeetingPoint("127.0.0.1", num_ranks, 60.0)))
+            stack.enter_context(following(meeting.place))
+            options = replace(ENGINE, place=meeting.place, listener=meeting.fileno())
+        made = load_service(source, DecodePolicy(), 24, options, num_threads=1)
+        stack.callback(made.host.close)
+        yield made
 
 
 def until(happened: Callable[[], bool]) -> None:
@@ -114,6 +139,7 @@ def test_a_source_knows_its_version_and_alias(source: ModelSource, versions: str
     assert (pinned.name, pinned.address, pinned.alias) == ("other", "models:/served/2", "")
 
 
+@both
 def test_weights_swap_under_load_without_a_lost_request(
     service: CompletionService, source: ModelSource, versions: str
 ) -> None:
@@ -160,12 +186,14 @@ def test_weights_swap_under_load_without_a_lost_request(
 
 
 @pytest.mark.parametrize(
-    ("number", "says"),
+    ("number", "says", "num_ranks"),
     [
-        (3, "do not generate"),
-        (4, "another config.json"),
-        (5, "other weights at"),
+        (3, "do not generate", 1),
+        (3, "do not generate", 2),
+        (4, "another config.json", 1),
+        (5, "other weights at", 1),
     ],
+    indirect=["num_ranks"],
 )
 def test_a_version_that_cannot_serve_is_refused_and_the_old_one_stays(
     service: CompletionService, source: ModelSource, versions: str, number: int, says: str
@@ -189,20 +217,18 @@ def test_a_version_that_cannot_serve_is_refused_and_the_old_one_stays(
         assert ask(url) != before
 
 
+@both
 def test_the_swapped_weights_are_the_versions_own(
-    service: CompletionService, source: ModelSource, versions: str
+    service: CompletionService, source: ModelSource, versions: str, num_ranks: int
 ) -> None:
     move_alias("models:/served/2", "champion", versions, {})
     assert AliasFollower(service, source, "saved", 60).check()
     (fresh_source,) = model_sources("models:/served/2", "", versions)
-    fresh = load_service(fresh_source, DecodePolicy(), 24, ENGINE, num_threads=1)
-    try:
+    with loaded(fresh_source, num_ranks) as fresh:
         with listening(service) as swapped, listening(fresh) as plain:
             assert ask(swapped) == ask(plain)
         versions_of = [each.host.stats()["weight_version"] for each in (service, fresh)]
         assert versions_of[0] == versions_of[1]
-    finally:
-        fresh.host.close()
 
 
 def test_damaged_files_are_refused_at_the_start_too(versions: str) -> None:
