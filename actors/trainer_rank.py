@@ -176,7 +176,7 @@ class TrainerRank:
             totals["rows"] += batch.num_rows
             totals["targets"] += len(rows.targets)
             totals["flops"] += training_flops(
-                self._config, batch.num_rows, len(rows.targets), batch.num_pairs
+                self._config, batch.num_rows, len(rows.targets), batch.num_pairs, self._lora is not None
             )
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)

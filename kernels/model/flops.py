@@ -58,15 +58,18 @@ def _mlp(rows: int, hidden: int, inner: int, layers: int) -> list[Product]:
     return [Product(rows, hidden, inner, 2 * layers), Product(rows, inner, hidden, layers)]
 
 
-def training_flops(config: ModelConfig, rows: int, targets: int, pairs: int) -> float:
+def training_flops(config: ModelConfig, rows: int, targets: int, pairs: int, frozen: bool = False) -> float:
     """Of forward and backward; what gradient checkpointing repeats is not counted, as usual for model FLOP utilisation
     (PaLM, 2204.02311, appendix B).
 
     Args:
         rows: real ones, no padding. pairs: of rows of the same sample, whether or not one sees the other.
+        frozen: the weights are those under an adapter: their products have a gradient of the input only. The adapter's own,
+            some 2 · rank / hidden_size of them, are left out.
     """
     attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
-    return 3.0 * (sum(product.flops for product in products(config, rows, targets)) + attention)
+    matrices = sum(product.flops for product in products(config, rows, targets))
+    return (2.0 if frozen else 3.0) * matrices + 3.0 * attention
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | None = None) -> float:

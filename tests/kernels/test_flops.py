@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.kernels.model.config import ModelConfig, MoeConfig
 from fewstep.kernels.model.flops import matmul_rate, products, training_flops
+from fewstep.kernels.model.lora import Lora
+from fewstep.kernels.model.lora_settings import LoraSettings
 from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.kernels.rows import RowBatch, SampleRows
@@ -47,6 +49,33 @@ def test_a_forward_has_the_operations_that_torch_counts() -> None:
     counted = training_flops(config, rows.num_rows, len(tensors.targets), rows.num_pairs) / 3
     assert rows.num_pairs == 2 * 20**2
     assert counted == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_step_has_the_operations_that_torch_counts_but_those_of_an_adapter(frozen: bool) -> None:
+    config, rows = ModelConfig(**SIZES), batch()
+    transformer = Transformer(config)
+    lora = Lora(config, LoraSettings(rank=1)) if frozen else None
+    if lora is not None:
+        lora.attach(transformer)
+    model, tensors = TrainingModel(transformer, adapter=lora), RowTensors.of(rows)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logprob, _ = model(
+            tensors.tokens, tensors.positions, tensors.copies, tensors.target_rows, tensors.targets, 4
+        )
+        logprob.sum().backward()
+    counted = training_flops(config, rows.num_rows, len(tensors.targets), rows.num_pairs, frozen)
+    if lora is None:
+        assert counted == counter.get_total_flops()
+        return
+    pairs = sum(
+        sum(parameter.shape) - 1 for parameter in lora.parameters()
+    )  # inputs of A, outputs of B, at rank 1
+    # The inputs of the first layer have no gradient: nothing before them is trained.
+    queries, keys = 4 * 8, 2 * 8
+    unneeded = 2.0 * rows.num_rows * 32 * (queries + 2 * keys + 3)
+    adapter = 3 * 2.0 * rows.num_rows * pairs
+    assert counter.get_total_flops() == counted + adapter - unneeded
 
 
 def test_a_mixture_counts_what_a_row_is_routed_to() -> None:
