@@ -144,16 +144,10 @@ class TrainerRank:
         totals: Metrics = {"loss": 0.0, "rows": 0.0, "targets": 0.0, "flops": 0.0}
         if self._config.attention_kind == "bidirectional":
             samples = [sample.states_only() for sample in samples]
-        batches = list(_micro_batches(samples, self._settings.micro_rows))
-        # From stage 2 on every backward is an exchange of all ranks: one with fewer batches takes part with a sample that
-        # adds nothing.
-        rounds = zero.most(len(batches)) if self._settings.zero_stage >= 2 else len(batches)
-        num_own = len(batches)
-        if rounds > num_own:
-            shortest = RowBatch.collate([min(samples, key=lambda sample: len(sample.tokens))])
-            batches += [shortest] * (rounds - num_own)
+        batches, num_own = self._rounds(samples)
         for index, batch in enumerate(batches):
-            engine.set_gradient_accumulation_boundary(index == rounds - 1)
+            last = index == len(batches) - 1
+            engine.set_gradient_accumulation_boundary(last)
             rows = RowTensors.of(batch)
             if self._lora is not None:
                 self._lora.draw(self._updates, self._rank, index)
@@ -168,7 +162,7 @@ class TrainerRank:
             loss, metrics = self._objective.loss(logprob, entropy, rows)
             # Gradients are averaged over ranks, weights are normalised over all of them: undo the division.
             engine.backward(loss * self._settings.num_ranks)
-            if index == rounds - 1 and self._settings.zero_stage == 0:
+            if last and self._settings.zero_stage == 0:
                 totals["grad_norm"] = self._grad_norm()
                 self._optimizer.skip = not math.isfinite(totals["grad_norm"])
             engine.step()
@@ -190,6 +184,18 @@ class TrainerRank:
         self._updates += 1
         self._average()
         return totals
+
+    def _rounds(self, samples: Sequence[SampleRows]) -> tuple[list[RowBatch], int]:
+        """The micro-batches of a step, and how many of them count.
+
+        From stage 2 on every backward is an exchange of all ranks: one with fewer batches takes part with its shortest
+        sample, which adds nothing.
+        """
+        batches = _micro_batches(samples, self._settings.micro_rows)
+        num_own = len(batches)
+        if self._settings.zero_stage >= 2 and (missing := zero.most(num_own) - num_own):
+            batches += [RowBatch.collate([min(samples, key=lambda sample: len(sample.tokens))])] * missing
+        return batches, num_own
 
     def logprobs(self, samples: Sequence[SampleRows], source: LogprobSource) -> list[NDArray[np.float32]]:
         """Log-probabilities of the targets under the weights as they are, or under those training started from.

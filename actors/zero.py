@@ -162,7 +162,7 @@ class SavedTrainer:
                 str(folder / FILE),
                 f"unreadable ({error})",
                 "what a finished checkpoint holds",
-                "resume=false",
+                "set resume=false to start over",
             ) from error
 
     def write(self, folder: Path) -> None:

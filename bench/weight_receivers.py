@@ -6,6 +6,7 @@ each number of receivers the transports take turns, with a memcpy of the same by
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from fewstep.actors.weight_sync.transport_name import TransportName
 from fewstep.actors.weight_sync.transports import open_transport
 from fewstep.cluster.session import ray_session
 from fewstep.kernels.model.checkpoint import state_checksum
+from fewstep.platform.artifacts import git_commit, machine_info
 from fewstep.platform.records import WeightVersion
 
 State = Mapping[str, torch.Tensor]
@@ -41,14 +43,14 @@ class Holder:
         return Echo(version, state_checksum(self._own))
 
 
-def measure(states: Sequence[State], counts: Sequence[int], pushes: int) -> list[dict[str, Any]]:
-    """Rows of transport, number of receivers, median seconds and their ratio to a memcpy of the same bytes.
+def measure(states: Sequence[State], counts: Sequence[int], pushes: int) -> dict[str, Any]:
+    """Rows of transport, number of receivers, median seconds and their ratio to a memcpy of the same bytes; and where.
 
     Args:
         states: two of equal layout, pushed in turns, so that no push finds its bytes already there.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in states[0].values())
-    rows = []
+    rows, load = [], os.getloadavg()[0]
     with ray_session(num_cpus=max(counts), object_store_bytes=4 * size + 2**28):
         import ray
 
@@ -61,7 +63,14 @@ def measure(states: Sequence[State], counts: Sequence[int], pushes: int) -> list
             rows += _compare(transports, states, receivers, pushes)
         for transport in transports.values():
             transport.close()
-    return rows
+    return {
+        "unit": "seconds per proved push",
+        "bytes": size,
+        "settings": {"pushes": pushes, "load_average_before": load, "threads": 1},
+        "rows": rows,
+        "machine": machine_info(),
+        "commit": git_commit(),
+    }
 
 
 def receiver(holder: Any) -> Receiver:
@@ -111,8 +120,9 @@ def _copy_s(state: State) -> float:
     return time.perf_counter() - started
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """For docs/refine.md: a line a number of receivers."""
+    rows, machine = result["rows"], result["machine"]
     names = list(dict.fromkeys(row["transport"] for row in rows))
     found = {(row["num_receivers"], row["transport"]): row for row in rows}
     lines = [
@@ -122,4 +132,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for count in dict.fromkeys(row["num_receivers"] for row in rows):
         times = [f"{found[count, name]['seconds']:.3f}" for name in names]
         lines.append(f"| {count} | {' | '.join(times)} | {found[count, names[0]]['memcpy_seconds']:.3f} |")
+    load = result["settings"]["load_average_before"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, load average {load:.1f} before it"
+    lines += ["", f"{where}; commit `{result['commit'][:12]}`."]
     return "\n".join(lines)
