@@ -55,9 +55,13 @@ class TrainerGroup:
             actor.remote(config, initial, settings, objective, options or {})
             for _ in range(settings.num_ranks)
         ]
-        address, port = self._get("start", [self._ranks[0].endpoint.remote()])[0]
-        connected = [rank.connect.remote(index, address, port) for index, rank in enumerate(self._ranks)]
-        self._get("connect", connected)
+        try:
+            address, port = self._get("start", [self._ranks[0].endpoint.remote()])[0]
+            connected = [rank.connect.remote(index, address, port) for index, rank in enumerate(self._ranks)]
+            self._get("connect", connected)
+        except BaseException:
+            self.close()
+            raise
 
     def start_update(
         self, samples: Sequence[SampleRows], learning_rate: float, block_size: int | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,7 +22,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import distributed as dist
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fewstep.actors import zero
 from fewstep.actors.trainer_settings import TrainerSettings
@@ -32,13 +35,13 @@ from fewstep.kernels.model.lora import Lora
 from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer
 from fewstep.kernels.rows import RowBatch, SampleRows
-from fewstep.platform.ports import free_port
 from fewstep.platform.registry import resolve
 
 Metrics = dict[str, float]
 LogprobSource = Literal["current", "reference"]
 
 _AVERAGE = "average.safetensors"
+_HOST = "127.0.0.1"
 
 
 class Objective(Protocol):
@@ -86,19 +89,19 @@ class TrainerRank:
         self._initial = initial
         self._reference: TrainingModel | None = None
         self._rank = self._updates = 0
+        self._store: Any = None
 
     def connect(self, rank: int, address: str, port: int) -> None:
         """Join the process group, load the weights and build the DeepSpeed engine; every rank must call it at the same
         time."""
         settings, self._rank = self._settings, rank
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(settings.num_ranks),
-            LOCAL_SIZE=str(settings.num_ranks),
-            MASTER_ADDR=address,
-            MASTER_PORT=str(port),
-        )
+        ranks = {
+            "LOCAL_RANK": rank,
+            "LOCAL_SIZE": settings.num_ranks,
+            "RANK": rank,
+            "WORLD_SIZE": settings.num_ranks,
+        }
+        os.environ.update({name: str(value) for name, value in ranks.items()})
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
@@ -106,6 +109,9 @@ class TrainerRank:
         # The shared-memory collective is compiled on first use (80 s, and a killed compile leaves a lock that hangs
         # every later start); gloo's own all-reduce is as fast at these sizes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not dist.is_initialized():
+            store = self._store or TCPStore(address, port, wait_for_workers=False)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=settings.num_ranks)
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         transformer = self._transformer()
         transformer.gradient_checkpointing = settings.gradient_checkpointing
@@ -269,8 +275,14 @@ class TrainerRank:
                 average.copy_(whole if self._lora is not None else zero.part_of(tensors[name], whole))
 
     def endpoint(self) -> tuple[str, int]:
-        """A free loopback port of this process's host, for the rendezvous."""
-        return "127.0.0.1", free_port("127.0.0.1", 0)
+        """Where this process, to be rank 0, listens for the others; a loopback address."""
+        # Kept open from here on: a free port that is only named can be another's when the ranks have started.
+        listener = socket.create_server((_HOST, 0))
+        port = int(listener.getsockname()[1])
+        self._store = TCPStore(
+            _HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return _HOST, port
 
     def matmul_rate(self) -> float:
         """FLOP/s of this process's matrix products in the precision of training."""
