@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from fewstep.actors.trainer_settings import TrainerSettings
+from fewstep.pipelines.retain_settings import Retain
 from fewstep.pipelines.tasks.choice import BenchmarkChoice, one_spelled_out
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy
@@ -233,6 +234,9 @@ class RefineConfig(Config):
     """`distill`, `seed`, `trace`, `coupled`, or a dotted path package.module:Class."""
     objective_options: dict[str, float | int | str] = Field(default_factory=dict)
     """Keyword arguments of the objective."""
+    retain: Retain | None = None
+    """Documents that are not refined on, shown in every update beside the rollouts so that the model stays what it was
+    there; null = nothing holds it."""
     prompts_per_step: int = Field(default=48, ge=1)
     group_size: int = Field(default=4, ge=1)
     """Rollouts per prompt."""
