@@ -8,13 +8,16 @@ from pydantic import Field, model_validator
 
 from fewstep.platform.config import Config
 
+FAMILY = "family"
+"""The source that is no file."""
+
 
 class Retain(Config):
     """Documents that are not refined on, and on which the model stays what it was."""
 
     sources: tuple[str, ...] = ()
-    """Files and folders as `fewstep prepare` takes them (JSONL, Parquet, `datasets` folders, trees of text); empty = prompts
-    of the training side, blurred by `noise`."""
+    """Files and folders as `fewstep prepare` takes them (JSONL, Parquet, `datasets` folders, trees of text); `family` alone =
+    pairs like those the embedded model was pre-trained on; empty = prompts of the training side, blurred by `noise`."""
     prompt_column: str = "prompt"
     """Column or key with what stands before the text; empty = the documents have no prompts."""
     text_column: str = ""
@@ -37,8 +40,20 @@ class Retain(Config):
     """k2, k3 = KL to the unrefined model, a second copy of which the trainer keeps; nll = the masked tokens' likelihood,
     which needs none."""
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether the documents bring their texts; otherwise the unrefined model writes them."""
+        return bool(self.text_column) or self.sources == (FAMILY,)
+
     @model_validator(mode="after")
     def _every_key_acts(self) -> Retain:
+        if self.sources == (FAMILY,):
+            idle = ("prompt_column", "text_column", "chat", "noise", "temperature")
+            if set_ones := [n for n in idle if getattr(self, n) != type(self).model_fields[n].default]:
+                raise ValueError(f"{set_ones[0]} does nothing with sources: [{FAMILY}]")
+            return self
+        if FAMILY in self.sources:
+            raise ValueError(f"{FAMILY} is a source on its own")
         if not self.sources and (self.text_column or self.prompt_column != "prompt" or self.chat):
             raise ValueError("prompt_column, text_column and chat do nothing without sources")
         if not self.sources and not self.noise:

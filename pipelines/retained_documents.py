@@ -15,6 +15,7 @@ from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.pipelines.retain_settings import Retain
 from fewstep.pipelines.sources import Columns, Row, find_files, plan_units, read_rows
 from fewstep.pipelines.tasks.benchmark import Exclusion
+from fewstep.pipelines.tasks.family import draw_pair
 from fewstep.pipelines.tasks.prepared import prompt_tokens
 from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import Check, Task
@@ -98,6 +99,17 @@ def _encoded(settings: Retain, row: Row, tokenizer: Tokenizer, chat: ChatTemplat
     if not settings.text_column:
         return Document(prompt_ids)
     return Document(prompt_ids, tuple(tokenizer.encode(row.text, add_special_tokens=False).ids), ended=True)
+
+
+def family_documents(settings: Retain, tokenizer: Tokenizer) -> list[Document]:
+    """Prompts and bodies drawn as pre-training draws them: specifications of the training side, the argument always of the
+    same name, every other choice free."""
+    draws = generator("retain-family")
+    pairs = [draw_pair(draws) for _ in range(settings.num_documents)]
+    return [
+        Document(tuple(tokenizer.encode(prompt).ids), tuple(tokenizer.encode(body).ids), ended=True)
+        for prompt, body in pairs
+    ]
 
 
 def blurred(documents: Sequence[Document], share: float, seed: int) -> list[Document]:

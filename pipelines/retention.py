@@ -20,8 +20,8 @@ from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.corruption import Sample, mask_states
 from fewstep.pipelines.frontier import Generate
 from fewstep.pipelines.objectives.retaining import RETAINED
-from fewstep.pipelines.retain_settings import Retain
-from fewstep.pipelines.retained_documents import Document, Found, blurred, read_documents
+from fewstep.pipelines.retain_settings import FAMILY, Retain
+from fewstep.pipelines.retained_documents import Document, Found, blurred, family_documents, read_documents
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, state_digest
 from fewstep.pipelines.tasks.benchmark import Exclusion
@@ -65,7 +65,7 @@ class Retention:
         Raises:
             ConfigError: the model answers none of them.
         """
-        if self.settings.text_column:
+        if self.settings.has_texts:
             return self
         path = config.out / ANSWERED
         asked = (config.curriculum.start, self.settings.temperature, config.max_tokens, config.seed)
@@ -179,7 +179,10 @@ def _find(
     config: RefineConfig, settings: Retain, tokenizer: Tokenizer, chat: ChatTemplate, source: TaskSource
 ) -> tuple[Found, str]:
     """Documents, and where they are from in words."""
-    if settings.sources:
+    if settings.sources == (FAMILY,):
+        found = Found(family_documents(settings, tokenizer), [])
+        origin = "pairs of the embedded family's training side"
+    elif settings.sources:
         held_out = {one.task.prompt for one in (*source.held_out, *source.watched)}
         found, origin = read_documents(settings, tokenizer, chat, held_out), ", ".join(settings.sources)
     else:
@@ -198,7 +201,7 @@ def _fitted(
 ) -> Document | None:
     """Cut to whole blocks within `room`; None where its prompt leaves none, for a text or for the model's own answer."""
     room -= room % model.block_size
-    if not settings.text_column:
+    if not settings.has_texts:
         return document if len(document.prompt_ids) + max_tokens <= room else None
     left = room - len(document.prompt_ids)
     if left < model.block_size:
