@@ -322,8 +322,6 @@ class RefineConfig(Config):
 
     @model_validator(mode="after")
     def _every_key_acts(self) -> RefineConfig:
-        if self.retain is not None and self.rollouts_only:
-            raise ValueError("retain does nothing with rollouts_only")
         if self.retain is not None and self.retain.documents_per_update < self.trainer.num_ranks:
             raise ValueError("retain.documents_per_update must be at least trainer.num_ranks")
         if self.held_out_checks.gates_curriculum and not self.held_out_checks.every:
