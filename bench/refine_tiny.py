@@ -49,7 +49,6 @@ SMOKE = (
 SEED = (
     "objective=seed", "objective_options={speed_weight: 1.0, ramp: 0.2, kl: 0.01}", "temperature=1.0",
     "learning_rate=5e-4", "prompts_per_step=32", "group_size=8", "steps=90", "trainer.precision=fp32",
-    "retain=null",
 )  # fmt: skip
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "objective: seed": SEED,
@@ -62,7 +61,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "curriculum: threshold fixed at 0.9": ("curriculum.step=0.0",),
     "curriculum: gated by held-out tasks": ("held_out_checks={every: 20, gates_curriculum: true}",),
     "certainty term: none": ("objective_options={keep: 1, certainty: 0.0}",),
-    "retention: none": ("retain=null",),
+    "retention: pairs of the pre-training": ("retain={sources: [family], num_documents: 4096}",),
+    "retention: blurred prompts": ("retain={noise: 0.15}",),
 }
 """What each changes of examples/tiny/refine.yaml; a later value of a key counts."""
 
