@@ -61,6 +61,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "curriculum: threshold fixed at 0.9": ("curriculum.step=0.0",),
     "curriculum: gated by held-out tasks": ("held_out_checks={every: 20, gates_curriculum: true}",),
     "certainty term: none": ("objective_options={keep: 1, certainty: 0.0}",),
+    "retention: pairs of the pre-training": ("retain={sources: [family], num_documents: 4096}",),
+    "retention: blurred prompts": ("retain={noise: 0.15}",),
 }
 """What each changes of examples/tiny/refine.yaml; a later value of a key counts."""
 
@@ -91,7 +93,7 @@ def main() -> int:
     keep(result, arguments.out)
     shutil.copyfile(folders[0] / "frontier.png", arguments.out.with_suffix(".png"))
     for number, (name, keys) in enumerate(ABLATIONS.items() if arguments.ablations else ()):
-        kept[name] = ablation(arguments.runs / f"ablation-{number:02d}", (*keys, *smoke))
+        kept[name] = ablation(arguments.runs / f"ablation-{number:02d}", (*keys, *smoke), count)
         keep(result, arguments.out)  # each is minutes of work
     shown = ("speedup_forwards_mean", "speedup_forwards_std", "speedup_vs_sequential_mean", "pass_at_1_drop_points_mean", "aup_before", "aup_after", "goals")  # fmt: skip
     print(json.dumps({key: result[key] for key in shown}, indent=2))
@@ -205,7 +207,7 @@ def pass_at_1(folder: Path, asked: Sequence[Task]) -> float:
     return point.pass_at_1
 
 
-def ablation(folder: Path, keys: Sequence[str]) -> dict[str, Any]:
+def ablation(folder: Path, keys: Sequence[str], num_out_of_domain: int) -> dict[str, Any]:
     """One changed run in numbers."""
     report = json.loads((refined(folder, ("seed=0", *keys)) / "report.json").read_text())
     return {
@@ -217,6 +219,7 @@ def ablation(folder: Path, keys: Sequence[str]) -> dict[str, Any]:
         "refine_seconds": report["refine_seconds"],
         "steps": report["steps"],
         "worst_policy": worst_policy(report),
+        "out_of_domain": out_of_domain([folder], num_out_of_domain),
     }
 
 

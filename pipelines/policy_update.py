@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.estimators import Terms, clean_rows
 from fewstep.pipelines.objectives.credit import Credit, RefineObjective
+from fewstep.pipelines.retention import Retention
 from fewstep.pipelines.schedule import rate_share
 from fewstep.pipelines.settings import RefineConfig
 from fewstep.platform.rng import generator
@@ -44,8 +46,10 @@ def train(
     credits: Sequence[Credit],
     step: int,
     done: float,
+    retention: Retention | None = None,
 ) -> Metrics:
-    """The step's optimiser updates, each on every `updates_per_step`-th group; metrics are means over updates."""
+    """The step's optimiser updates, each on every `updates_per_step`-th group and on documents of `retention`; metrics
+    are means over updates."""
     rate = learning_rate(config, step, done)
     parts: list[list[SampleRows]] = []
     for part in range(config.updates_per_step):
@@ -56,8 +60,11 @@ def train(
             parts.append(samples)
     # All before the first update: until then the trainer holds the weights that the step began with.
     _annotate(objective, trainer, parts)
+    retained: Metrics = {}
+    if retention is not None:
+        retained = retain(retention, config.seed, step, trainer, parts)
     updates = [per_target(trainer.update(samples, rate)) for samples in parts]
-    metrics: Metrics = {"train/learning_rate": rate, "train/updates": float(len(updates))}
+    metrics: Metrics = {"train/learning_rate": rate, "train/updates": float(len(updates)), **retained}
     for name in updates[0] if updates else ():
         metrics[f"train/{name}"] = sum(update[name] for update in updates) / len(updates)
     if updates and "mismatch" in updates[0]:
@@ -80,6 +87,35 @@ def _annotate(objective: RefineObjective, trainer: Trainer, parts: Sequence[Sequ
             if name == "old_logprob" and estimator.recorded:
                 sample.extras["rollout_logprob"] = sample.extras["old_logprob"]
             sample.extras[name] = values
+
+
+def retain(
+    retention: Retention, seed: int, step: int, trainer: Trainer, parts: Sequence[list[SampleRows]]
+) -> Metrics:
+    """Add the documents of every update to its samples, and what the frozen reference says of them.
+
+    Returns:
+        What it costs: documents a step, their share of all rows that are trained on, and the seconds of the reference.
+    """
+    shown = [retention.rows(seed, step, part) for part in range(len(parts))]
+    flat = [rows for own in shown for rows in own]
+    started = time.monotonic()
+    if flat and retention.settings.form != "nll":
+        for rows, values in zip(flat, trainer.logprobs(flat, "reference"), strict=True):
+            rows.extras["reference_logprob"] = values
+    seconds = time.monotonic() - started
+    for samples, own in zip(parts, shown, strict=True):
+        samples += own
+        # A batch has the same extras in all of its rows.
+        for name in dict.fromkeys(name for rows in samples for name in rows.extras):
+            for rows in samples:
+                rows.extras.setdefault(name, np.zeros(len(rows.tokens), np.float32))
+    num_rows = sum(len(rows.tokens) for samples in parts for rows in samples)
+    return {
+        "train/retain_documents": float(len(flat)),
+        "train/retain_row_share": sum(len(rows.tokens) for rows in flat) / max(1, num_rows),
+        "train/retain_reference_seconds": seconds,
+    }
 
 
 def training_rows(
@@ -106,9 +142,13 @@ def learning_rate(config: RefineConfig, step: int, done: float) -> float:
 
 
 def per_target(sums: Metrics) -> Metrics:
-    """Sums over targets (`*_sum`) become means."""
-    targets = max(1.0, sums.get("targets", 0.0))
+    """Sums over targets (`*_sum`) become means; those of retention (`retain_*_sum`) over the documents' targets, all others
+    over the rollouts'."""
+    retained = sums.get("retain_targets", 0.0)
+    targets = sums.get("targets", 0.0) - retained
     return {
-        name.removesuffix("_sum"): value / targets if name.endswith("_sum") else value
+        name.removesuffix("_sum"): value / max(1.0, retained if name.startswith("retain_") else targets)
+        if name.endswith("_sum")
+        else value
         for name, value in sums.items()
     }

@@ -24,6 +24,7 @@ from fewstep.pipelines.frontier import Generate, Verify
 from fewstep.pipelines.held_out_checks import HeldOutChecks, Standing
 from fewstep.pipelines.objectives.credit import Credit, RefineObjective
 from fewstep.pipelines.policy_update import Trainer, train
+from fewstep.pipelines.retention import Retention
 from fewstep.pipelines.rollout_samples import log_traces, spread
 from fewstep.pipelines.rollouts import (
     Batch,
@@ -93,9 +94,10 @@ def refine(
     tracker: Tracker,
     progress: Progress,
     checkpoint: Callable[[Progress], None],
+    retention: Retention | None = None,
 ) -> Progress:
     """Run training steps until `config.steps` or `config.max_seconds`, or until the quality is lost; returns the final
-    progress."""
+    progress. `retention` = what the model must stay on."""
     trainer, out = workers.trainer, config.out
     checks = HeldOutChecks(
         config, source, model, tokenizer, workers.generate, workers.verify, out / BEST, workers.keep_adapter
@@ -110,7 +112,7 @@ def refine(
             credits = give_credit(objective, batch)
             clock.lap(CREDIT)
             write_rollouts(rollout_file(out / "rollouts", step), credited(credits), batch.facts(step))
-            metrics = train(config, model, objective, trainer, credits, step, batch.done)
+            metrics = train(config, model, objective, trainer, credits, step, batch.done, retention)
             clock.lap("train")
             state = trainer.state()
             metrics |= batches.push(state, WeightVersion(tracker.run_id, step + 1, ""))

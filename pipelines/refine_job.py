@@ -40,6 +40,7 @@ from fewstep.pipelines.refine_workers import (
     open_verifier,
     place_actors,
 )
+from fewstep.pipelines.retention import open_retention
 from fewstep.pipelines.rollouts import check_recorded, rollout_policy
 from fewstep.pipelines.settings import FREE_ON_RESUME, RefineConfig
 from fewstep.pipelines.task_source import TaskSet, TaskSource, open_tasks, state_digest
@@ -85,15 +86,19 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         trainer = stack.enter_context(open_trainer(config, job.model, job.folder, job.placement))
         frontier = _Frontier(config, job.source, engines.generate, job.verifier, job.tokenizer)
         before = frontier.measure("before")
+        # The replicas hold the starting weights here; a resumed run's are the checkpoint's.
+        retention = job.retention and job.retention.answered(
+            config, job.tokenizer, engines.generate, job.digest
+        )
         keeper = AdapterKeeper(trainer, config.trainer.lora, job.start)
         workers = Workers(engines.generate, job.verifier.verify, trainer, engines.push, keeper)
         progress = _starting_point(config, saved, trainer, tracker)
-        # The replicas hold the starting weights; a resumed run's are the checkpoint's.
         workers.push(trainer.state(), WeightVersion(tracker.run_id, progress.step, ""))
         save = _saver(config, job, trainer, tracker)
         progress = refine(
-            config, job.model, job.tokenizer, job.source, job.objective, workers, tracker, progress, save
-        )
+            config, job.model, job.tokenizer, job.source, job.objective, workers, tracker, progress, save,
+            retention,
+        )  # fmt: skip
         if progress.stopped:
             print(f"stopped early: {progress.stopped}", flush=True)
         save(progress)
@@ -104,7 +109,7 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
             "refine_seconds": progress.seconds,
             "resumed_at_step": saved["step"] if saved else 0,
             "total_seconds": time.monotonic() - started,
-            "data": job.source.digests,
+            "data": job.digests,
             "published_step": published,
             "stopped": progress.stopped,
             **_upkeep(engines, job.verifier),
@@ -147,8 +152,18 @@ class _Job:
         self._nodes: OtherNodes | None = stack.enter_context(open_nodes(config, hosts))
         self._hosts = hosts
         self.verifier = stack.enter_context(open_verifier(config, self.placement))
-        self.source = open_tasks(config, self.model, self.tokenizer, ChatTemplate(self.folder), self.verifier)
-        self.fingerprint = _fingerprint(config, self.digest, [*self.source.digests.values(), *recorded])
+        chat = ChatTemplate(self.folder)
+        self.source = open_tasks(config, self.model, self.tokenizer, chat, self.verifier)
+        self.retention = open_retention(config, self.model, self.tokenizer, chat, self.source)
+        self.excluded = [*self.source.excluded, *(self.retention.excluded if self.retention else ())]
+        data = [*self.digests.values(), *recorded]
+        self.fingerprint = _fingerprint(config, self.digest, data)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of all data, as `NAME:DIGEST`."""
+        retained = {"retained": self.retention.about.reference} if self.retention else {}
+        return self.source.digests | retained
 
     def open_tracker(self, *, resumed: bool, tags: Mapping[str, str]) -> MlflowTracker:
         """The run's record, and what it says of this job."""
@@ -156,9 +171,11 @@ class _Job:
         tracker = self._stack.enter_context(
             open_tracker(self.config, self.source, resumed=resumed, tags=facts)
         )
-        if self.source.excluded:
+        if self.retention is not None:
+            _log_side(tracker, self.retention.about, "training")
+        if self.excluded:
             path = self.config.out / "excluded.json"
-            rows = [asdict(one) for one in self.source.excluded]
+            rows = [asdict(one) for one in self.excluded]
             atomic_write_text(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
             tracker.log_artifact(path)
         if self._nodes is not None:
@@ -173,7 +190,7 @@ class _Job:
             "model.source": self.address,
             "model.source_digest": self.digest,
             **adapter_tags(self.config.trainer.lora),
-            "data.digest": state_digest(self.source.digests.values()),
+            "data.digest": state_digest(self.digests.values()),
             "machine.accelerator": accelerator(),
             "machine.hosts": json.dumps(self._hosts),
             "machine.num_hosts": str(len(self._hosts)),

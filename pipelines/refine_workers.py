@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ from fewstep.pipelines.settings import VERIFIER_CPUS, RefineConfig
 from fewstep.platform.artifacts import atomic_write_text
 from fewstep.platform.mlflow_tracker import MlflowTracker
 from fewstep.platform.records import WeightVersion
+
+RETAINING = "fewstep.pipelines.objectives.retaining:Retaining"
 
 
 @dataclass(frozen=True)
@@ -133,19 +136,31 @@ def open_engines(
         yield Engines(pool.generate, push, pool)
 
 
+def minimised(config: RefineConfig) -> tuple[str, Mapping[str, Any]]:
+    """Dotted path and keyword arguments of what the ranks minimise: the objective, or the objective beside retention."""
+    objective = OBJECTIVES.get(config.objective, config.objective)
+    if config.retain is None:
+        return objective, config.objective_options
+    options = {
+        "objective": objective, "options": config.objective_options, "weight": config.retain.weight,
+        "form": config.retain.form,
+    }  # fmt: skip
+    return RETAINING, options
+
+
 @contextmanager
 def open_trainer(
     config: RefineConfig, model: ModelConfig, folder: Path, placement: Placement | None
 ) -> Iterator[Trainer]:
     """Trainer ranks that start from a model folder. Without a placement, one in this process."""
-    objective = OBJECTIVES.get(config.objective, config.objective)
+    objective, options = minimised(config)
     if placement is None:
-        rank = TrainerRank(model, folder, config.trainer, objective, config.objective_options)
+        rank = TrainerRank(model, folder, config.trainer, objective, options)
         rank.connect(0, *rank.endpoint())
         yield rank
         return
     group = TrainerGroup(
-        model, folder, config.trainer, objective, config.objective_options, num_cpus=config.trainer_cpus,
+        model, folder, config.trainer, objective, options, num_cpus=config.trainer_cpus,
         node_id=placement.node_ids("trainer ranks")[0], replay=config.out / "diverged-batch.npz",
     )  # fmt: skip
     try:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.actors.weight_sync.transport_name import TransportName
+from fewstep.pipelines.retain_settings import Retain
 from fewstep.pipelines.tasks.choice import BenchmarkChoice, one_spelled_out
 from fewstep.platform.config import Config
 from fewstep.platform.records import DecodePolicy
@@ -241,6 +242,9 @@ class RefineConfig(Config):
     """`distill`, `seed`, `trace`, `coupled`, or a dotted path package.module:Class."""
     objective_options: dict[str, float | int | str] = Field(default_factory=dict)
     """Keyword arguments of the objective."""
+    retain: Retain | None = None
+    """Documents that are not refined on, shown in every update beside the rollouts so that the model stays what it was
+    there; null = nothing holds it."""
     prompts_per_step: int = Field(default=48, ge=1)
     group_size: int = Field(default=4, ge=1)
     """Rollouts per prompt."""
@@ -329,6 +333,8 @@ class RefineConfig(Config):
 
     @model_validator(mode="after")
     def _every_key_acts(self) -> RefineConfig:
+        if self.retain is not None and self.retain.documents_per_update < self.trainer.num_ranks:
+            raise ValueError("retain.documents_per_update must be at least trainer.num_ranks")
         if self.held_out_checks.gates_curriculum and not self.held_out_checks.every:
             raise ValueError("held_out_checks.gates_curriculum needs held_out_checks.every")
         if self.rollouts_only and self.replay is not None:

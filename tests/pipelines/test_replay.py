@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,10 @@ def refine(folder: Path, *more: str, code: int = 0) -> str:
 
 @pytest.mark.timeout(400)
 def test_a_replay_ends_with_the_same_weights(tmp_path: Path) -> None:
-    refine(tmp_path, "out=first", "steps=3")
-    refine(tmp_path, "out=again", "steps=3", "replay=first/rollouts", "seed=0")
+    # The answers that are retained are the unrefined model's own: a replay takes the recorded ones.
+    retain = "retain={noise: 0.2, num_documents: 8, documents_per_update: 2}"
+    refine(tmp_path, "out=first", "steps=3", retain)
+    refine(tmp_path, "out=again", "steps=3", "replay=first/rollouts", "seed=0", retain)
     weights = Path("model") / "model.safetensors"
     first = (tmp_path / "first" / weights).read_bytes()
     assert (tmp_path / "again" / weights).read_bytes() == first
@@ -43,6 +46,9 @@ def test_a_replay_ends_with_the_same_weights(tmp_path: Path) -> None:
         ]
         version = WeightVersion(*one[0].trajectory.weight_version_first.rsplit(":", 2))
         assert int(version.step) == step
+    last = json.loads((tmp_path / "again" / "history.jsonl").read_text().splitlines()[-1])
+    assert last["train/retain_kl"] > 0
+    assert 0 < last["train/retain_row_share"] < 1
     # It is the rollouts that train: without the ones that were recorded, the weights are others.
     refine(tmp_path, "out=other", "steps=3", "seed=1")
     assert (tmp_path / "other" / weights).read_bytes() != first
