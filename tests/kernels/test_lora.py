@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -31,7 +32,9 @@ from fewstep.kernels.model.checkpoint import embedded_model, load_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.lora import DOWN, UP, Lora, dropped, merge_into
 from fewstep.kernels.model.lora_settings import LoraSettings, chosen_modules, peft_targets
+from fewstep.kernels.model.training import RowTensors, TrainingModel
 from fewstep.kernels.model.transformer import Transformer, masked_attention
+from fewstep.kernels.rows import RowBatch, SampleRows
 from fewstep.platform.errors import CheckpointError, ConfigError
 
 SETTINGS = LoraSettings(rank=4, alpha=8)
@@ -143,6 +146,33 @@ def test_dropout_leaves_out_the_share_asked_for_and_keeps_the_mean() -> None:
     # Neither rows nor columns share a mask.
     assert len(torch.unique(out, dim=0)) == 400
     assert len(torch.unique(out, dim=1)[0]) == 500
+
+
+def test_compiled_it_learns_the_same() -> None:
+    """Under frozen weights the first layer's queries and keys need no gradient, which rotates them another way."""
+    config = ModelConfig.load(embedded_model()).model_copy(update={"num_hidden_layers": 1})
+    settings = LoraSettings(rank=2, target_modules=("down_proj",), dropout=0.2)
+    tokens = np.random.Generator(np.random.Philox(1)).integers(4, 60, (3, 24))
+    samples = [SampleRows.clean(row) for row in tokens]
+    for sample, row in zip(samples, tokens, strict=True):
+        sample.add_state(
+            np.full(16, config.mask_token_id), np.arange(8, 24), row[8:], np.ones(16, np.float32)
+        )
+    rows = RowTensors.of(RowBatch.collate(samples))
+    found = []
+    for compiled in (False, True):
+        transformer = Transformer(config)
+        transformer.initialise(3)
+        lora = Lora(config, settings)
+        lora.attach(transformer)
+        lora.draw(4)
+        model = TrainingModel(transformer, compiled=compiled, adapter=lora)
+        logprob, _ = model(
+            rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets, config.block_size
+        )
+        logprob.sum().backward()
+        found.append((logprob.detach(), [up.grad for up in lora.up.values()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_merge_is_rounded_once(tmp_path: Path) -> None:
