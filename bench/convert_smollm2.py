@@ -61,7 +61,7 @@ def main() -> int:
         "nll_per_token_last": statistics.mean(row["nll_per_token"] for row in rows[-3:]),
         "unit": "nats per masked token",
         "curve": [
-            {key: row[key] for key in ("step", "block_size", "nll_per_token", "tokens_per_second", "mfu", "seconds")}
+            {key: row[key] for key in ("step", "block_size", "nll_per_token", "rows_per_second", "mfu", "seconds")}
             for row in rows
         ],
         "settings": {**settings, "corpus": list(PACKAGES), "sequence_tokens": 128, "threads": 1},

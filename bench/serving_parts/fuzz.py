@@ -30,11 +30,11 @@ def measure(requests: int, seed: int = 0) -> dict[str, Any]:
         paths = _paths(endpoint.url)
         run = _Run(endpoint.url, endpoint.model, paths, seed)
         statuses, failures = send_described(endpoint.url, endpoint.model, round(DESCRIBED * requests), seed)
-        asyncio.run(run.all(requests - statuses.total()))
+        asyncio.run(run.all(max(0, requests - statuses.total())))
         left = left_behind(endpoint.url)
     failures = [*failures, *run.failures]
     return {
-        "requests": requests,
+        "requests": statuses.total() + run.statuses.total(),
         "errors_5xx": len(failures),
         "leaked_pages": left["pages"],
         "left_behind": left,

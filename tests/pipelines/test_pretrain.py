@@ -106,5 +106,5 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert "edit" in levels
     assert len(levels) > 2
     assert min(levels.values()) <= rows[-1]["nll_per_token"] <= max(levels.values())
-    assert rows[-1]["tokens_per_second"] > 0
+    assert rows[-1]["rows_per_second"] > 0
     assert 0 < rows[-1]["mfu"] < 1
