@@ -96,7 +96,7 @@ class PretrainLog:
             file.write(json.dumps(row) + "\n")
         print(
             f"step {step:>6}/{self._config.steps}  block {plan.block_size:>2}  nll {row['nll_per_token']:.4f}"
-            f"  grad {row['grad_norm']:.2f}  {row["rows_per_second"]:.0f} rows/s  mfu {row['mfu']:.2f}"
+            f"  grad {row['grad_norm']:.2f}  {row['rows_per_second']:.0f} rows/s  mfu {row['mfu']:.2f}"
             f"  {seconds / 60:.1f} min",
             flush=True,
         )

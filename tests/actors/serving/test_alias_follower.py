@@ -181,7 +181,11 @@ def test_weights_swap_under_load_without_a_lost_request(
     assert failures == []
     assert service.host.measures()["weight_swaps"] == 3
     assert second != first
-    assert health["models"]["served"]["origin"] == {"address": "models:/served/2", "parent": "", "refused": ""}
+    assert health["models"]["served"]["origin"] == {
+        "address": "models:/served/2",
+        "parent": "",
+        "refused": "",
+    }
     assert health["weight_version"].startswith("served:2:")
 
 
