@@ -44,6 +44,7 @@ THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 EDIT_THRESHOLDS = (0.5, 0.7, 0.9)
 CORRUPTED_SHARE = 0.05
 MAX_TOKENS = 110
+TICKS = (5, 6, 8, 10, 15, 20, 30, 40)
 COLOURS = {MASK_ONLY: "#8b5e34", EDIT: "#1763b6", DISTILL: "#15803d"}
 
 
@@ -122,6 +123,8 @@ def draw(path: Path, frontiers: Mapping[str, Sequence[FrontierPoint]]) -> None:
             color=COLOURS[name], marker="o", markersize=5, linewidth=1.6, label=name,
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.set_xticks(TICKS, labels=[str(tick) for tick in TICKS])
+    axes.minorticks_off()
     axes.set_xlabel("forwards per answer (fewer is faster)", fontsize=10)
     axes.set_ylabel("pass@1", fontsize=10)
     axes.legend(frameon=False, loc="lower right")
