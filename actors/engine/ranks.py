@@ -56,6 +56,7 @@ class Ranks:
         self._deadline = timedelta(seconds=place.deadline_s)
         self._death: ActorDied | None = None
         self._turn = threading.RLock()
+        self._ordered = False
         self._closing = threading.Event()
         try:
             leading: dict[str, Any] = (
@@ -77,13 +78,26 @@ class Ranks:
     def turn(self) -> Iterator[None]:
         """What one thread of rank 0 orders within is not mixed with another thread's orders.
 
+        An error behind an order leaves the other ranks in the middle of what was ordered, waiting for rank 0: the group is lost
+        then, and whoever comes next is told of that error and not, a deadline later, of a silence.
+
         Raises:
             ActorDied: a rank is lost; at once if that is known from before.
         """
         with self._turn:
             if self._death is not None:
                 raise self._death
-            yield
+            around, self._ordered = self._ordered, False
+            try:
+                yield
+            except BaseException as error:
+                if self._ordered and self._death is None:
+                    self._death = ActorDied(
+                        f"rank 0 of {self.num_ranks}", f"{type(error).__name__}: {_first_line(error)}"
+                    )
+                raise
+            finally:
+                self._ordered = around or self._ordered
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place; the same bits on every rank, as each part is added up by one of them."""
@@ -99,6 +113,7 @@ class Ranks:
 
     def order(self, content: bytes) -> None:
         """Tell the other ranks what to do next."""
+        self._ordered = True
         head = torch.zeros(_HEAD_BYTES, dtype=torch.uint8)
         framed = len(content).to_bytes(_LENGTH_BYTES, "little") + content
         inline = framed[:_HEAD_BYTES]
@@ -219,7 +234,7 @@ def _address_towards(address: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Without the line of gloo's source that it begins with."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"^\[\S+:\d+\] ", "", line)

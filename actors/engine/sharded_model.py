@@ -95,6 +95,7 @@ class ShardedTransformer(LeadingShard):
             raise CheckpointError(
                 "weights", "tensors of one process", "weights staged on every rank", "load them from a folder"
             )
+        self.check_weights(state)
         with self.ranks.turn():
             self.ranks.order(_numbers(_Order.ADOPT, self.number))
             super().take_weights(state)
@@ -158,9 +159,10 @@ def load_sharded(
     try:
         state = load_state(folder, config, dtype, Shard(0, ranks.num_ranks))
         model.load_state_dict(state, assign=True)
-    except CheckpointError:
-        ranks.reports(subject)  # a rank that is still reading would keep what it is told to drop
-        drop(ranks, number)
+    except Exception:
+        with contextlib.suppress(ActorDied):
+            ranks.reports(subject)  # a rank that is still reading would keep what it is told to drop
+            drop(ranks, number)
         raise
     reports = [_report(ranks, state), *ranks.reports(subject)]
     for rank, report in enumerate(reports):
