@@ -114,8 +114,8 @@ class RankGroup:
                 raise ActorDied(self._names[reference], "it left")
         if deaths:
             died = self._ray.exceptions.RayActorError
-            name, error = next((death for death in deaths if isinstance(death[1], died)), deaths[0])
-            raise ActorDied(name, cause_of_death(error)) from error
+            name, cause = next((death for death in deaths if isinstance(death[1], died)), deaths[0])
+            raise ActorDied(name, cause_of_death(cause)) from cause
 
     def _address_for_all(self) -> str:
         here = self._ray.get_runtime_context().get_node_id()
