@@ -102,12 +102,20 @@ class RankGroup:
         Raises:
             ActorDied: names one that does not, and why.
         """
-        for reference in self._ray.wait(list(self._names), num_returns=1, timeout=0)[0]:
+        references = list(self._names)
+        deaths = []
+        # All that are ready: when one rank dies the others fail as well, on a connection that is gone.
+        for reference in self._ray.wait(references, num_returns=len(references), timeout=0)[0]:
             try:
                 self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
-                raise ActorDied(self._names[reference], cause_of_death(error)) from error
-            raise ActorDied(self._names[reference], "it left")
+                deaths.append((self._names[reference], error))
+            else:
+                raise ActorDied(self._names[reference], "it left")
+        if deaths:
+            died = self._ray.exceptions.RayActorError
+            name, cause = next((death for death in deaths if isinstance(death[1], died)), deaths[0])
+            raise ActorDied(name, cause_of_death(cause)) from cause
 
     def _address_for_all(self) -> str:
         here = self._ray.get_runtime_context().get_node_id()

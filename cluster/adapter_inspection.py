@@ -1,12 +1,16 @@
-"""`fewstep inspect ADAPTER`: what a LoRA adapter in PEFT's format changes, and in which model. Reads no weights."""
+"""`fewstep inspect ADAPTER`: what a LoRA adapter in PEFT's format changes, and in which model. Loads no weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.platform.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.kernels.model.adapter_folder import AdapterHeader
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def inspect_adapter(folder: Path, tracking_uri: str) -> AdapterReport:
         file_bytes=header.num_bytes,
         base=header.base,
         base_digest=header.base_digest,
-        fits=_fits(folder, header.base, tracking_uri),
+        fits=_fits(header, tracking_uri),
     )
 
 
@@ -71,19 +75,35 @@ def adapter_lines(report: AdapterReport) -> list[tuple[str, str]]:
     ]
 
 
-def _fits(folder: Path, base: str, tracking_uri: str) -> str:
-    from fewstep.kernels.model.adapter_folder import check_adapter
-    from fewstep.kernels.model.checkpoint import embedded_model
+def _fits(header: AdapterHeader, tracking_uri: str) -> str:
+    from fewstep.kernels.model.adapter_folder import check_adapter, check_base
     from fewstep.kernels.model.config import ModelConfig
-    from fewstep.pipelines.models import model_folder
 
-    if not base:
+    if not header.base:
         return "unknown: the adapter names no base model"
     try:
-        found = embedded_model() if base == "embedded" else model_folder(base, tracking_uri)
-        if not (found / "config.json").is_file():
-            return f"unknown: there is no model at {base} from here"
-        check_adapter(folder, ModelConfig.load(found))
+        base = _local_base(header.base, tracking_uri)
+    except UserError as error:
+        return f"unknown: {error}"
+    if base is None or not (base / "config.json").is_file():
+        return f"unknown: there is no model at {header.base} from here"
+    try:
+        check_adapter(header.folder, ModelConfig.load(base))
+        check_base(header, base)
     except UserError as error:
         return f"no: {error}"
-    return "yes, by names and shapes"
+    return "yes, by names and shapes" + (", and by the digest of the weights" if header.base_digest else "")
+
+
+def _local_base(base: str, tracking_uri: str) -> Path | None:
+    """The folder of the model that an adapter names; None where it would have to be fetched first."""
+    if base.startswith("models:/"):
+        from fewstep.platform.mlflow_registry import find_local_model
+        from fewstep.platform.mlflow_store import project_uri
+
+        return find_local_model(base, project_uri(tracking_uri))
+    if base == "embedded":
+        from fewstep.kernels.model.checkpoint import embedded_model
+
+        return embedded_model()
+    return Path(base)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fewstep.actors.bundles import Need, Node, place
 from fewstep.actors.serving.access_log import LogConfig
 from fewstep.actors.serving.limits import LimitsConfig
 from fewstep.actors.serving.model_source import ModelSource
@@ -27,7 +28,7 @@ from fewstep.cluster.admission import check_access, drain, ending
 from fewstep.cluster.served_models import AdaptedModel, check_model, check_sharding, model_sources
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.platform.config import Config
-from fewstep.platform.errors import ActorDied
+from fewstep.platform.errors import ActorDied, ResourceError
 from fewstep.platform.ports import free_port
 from fewstep.platform.records import DecodePolicy
 
@@ -234,19 +235,41 @@ def _url(host: str, port: int) -> str:
 def _enter_session(stack: ExitStack, config: ServeConfig) -> None:
     import ray
 
+    from fewstep.actors.placement import free_nodes
     from fewstep.cluster.session import ray_session, require_resources
 
     need = {"CPU": config.least_replicas * config.tensor_parallel * config.cpus_per_replica}
     if ray.is_initialized():
         require_resources(need)
+        require_places(config, free_nodes())
         return
     if config.address:
         stack.enter_context(ray_session(address=config.address, need=need))
+        require_places(config, free_nodes())
         return
     # Logical CPUs: two replicas of one CPU may share a core, so the session is never smaller than the need.
     most = config.most_replicas * config.tensor_parallel * config.cpus_per_replica
     cpus = max(math.ceil(most), len(os.sched_getaffinity(0)))
     stack.enter_context(ray_session(cpus, need=need))
+
+
+def require_places(config: ServeConfig, nodes: Sequence[Node]) -> None:
+    """Refuse what the nodes hold in total and not one by one: Serve would wait for it forever, without a word.
+
+    Raises:
+        ResourceError: says what each node has free.
+    """
+    count, ranks, cpus = config.least_replicas, config.tensor_parallel, config.cpus_per_replica
+    need = Need("replica", count, ranks * cpus)
+    if config.ranks_on == "any_node":
+        need = Need("rank", count * ranks, cpus)
+    try:
+        place(nodes, [need])
+    except ResourceError as error:
+        fix = "lower num_replicas, tensor_parallel or cpus_per_replica, or add nodes"
+        if ranks > 1 and config.ranks_on == "one_node":
+            fix += "; ranks_on=any_node lets a replica's ranks be on several"
+        raise ResourceError("replicas", error.got, error.allowed, fix) from error
 
 
 def serving_options(config: ServeConfig, listen: tuple[str, int] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fewstep serve --dry-run`: what would be started and the memory it would take; starts nothing and reads no weights."""
+"""`fewstep serve --dry-run`: what would be started and the memory it would take; starts nothing and loads no weights."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _model(config: ServeConfig, source: ModelSource) -> tuple[list[tuple[str, st
     import torch
 
     from fewstep.actors.engine.cache import num_pages_for, page_bytes
-    from fewstep.kernels.model.adapter_folder import check_adapter
+    from fewstep.kernels.model.adapter_folder import check_adapter, check_base
     from fewstep.kernels.model.checkpoint import rank_parameters
     from fewstep.kernels.model.config import ModelConfig
 
@@ -108,6 +108,7 @@ def _model(config: ServeConfig, source: ModelSource) -> tuple[list[tuple[str, st
     ]  # fmt: skip
     if source.adapter:
         header = check_adapter(Path(source.adapter), model)
+        check_base(header, folder)
         lines.insert(1, ("adapter", f"{source.adapter}: rank {header.rank}, merged into weights of its own"))
     if config.tensor_parallel > 1:
         share = byte_text(cache // config.tensor_parallel)

@@ -72,7 +72,7 @@ def check_model(source: ModelSource) -> None:
     """
     # Late: the parsing of `fewstep serve` needs no torch.
     from fewstep.actors.serving.chat import ChatTemplate
-    from fewstep.kernels.model.adapter_folder import check_adapter
+    from fewstep.kernels.model.adapter_folder import check_adapter, check_base
     from fewstep.kernels.model.checkpoint import check_weights
     from fewstep.kernels.model.tokenizer_file import load_tokenizer
 
@@ -82,7 +82,7 @@ def check_model(source: ModelSource) -> None:
     check_weights(folder, config)
     ChatTemplate(folder)
     if source.adapter:
-        check_adapter(Path(source.adapter), config)
+        check_base(check_adapter(Path(source.adapter), config), folder)
 
 
 def check_sharding(source: ModelSource, num_ranks: int) -> None:

@@ -67,3 +67,7 @@ class ActorDied(FewstepError):
     def __init__(self, who: str, cause: str) -> None:
         self.who, self.cause = who, cause
         super().__init__(f"{who} died: {cause}")
+
+    def __reduce__(self) -> tuple[type[ActorDied], tuple[str, str]]:
+        # As UserError's: the default would call the class with the joined message alone.
+        return type(self), (self.who, self.cause)

@@ -21,6 +21,8 @@ _URI = re.compile(
     r"models:/(?:(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))|(?P<model_id>m-[0-9a-f]+))"
 )
 
+_LOCAL = ("/", "file:")
+
 
 @dataclass(frozen=True)
 class FoundModel:
@@ -51,6 +53,13 @@ def find_model(model_uri: str, tracking_uri: str) -> FoundModel:
     address, location = _look_up(model_uri, tracking_uri)
     packed = _local_copy(location, tracking_uri)
     return FoundModel(address, _weights_folder(model_uri, packed), packed)
+
+
+def find_local_model(model_uri: str, tracking_uri: str) -> Path | None:
+    """The folder that `find_model` finds, None where its files would have to be fetched first. Raises as `find_model` does."""
+    _, location = _look_up(model_uri, tracking_uri)
+    packed = _place(location, tracking_uri)
+    return _weights_folder(model_uri, packed) if packed.is_dir() else None
 
 
 def model_facts(model_uri: str, tracking_uri: str) -> tuple[str, dict[str, Any]]:
@@ -158,15 +167,20 @@ def _known_models(client: Any) -> list[str]:
     return known
 
 
-def _local_copy(location: str, tracking_uri: str) -> Path:
-    artifacts, files = import_mlflow("mlflow.artifacts"), import_mlflow("mlflow.utils.file_utils")
-    if location.startswith(("/", "file:")):
-        return Path(files.local_file_uri_to_path(location))
+def _place(location: str, tracking_uri: str) -> Path:
+    """Where artifacts lie on this machine, or would once they are fetched."""
+    if location.startswith(_LOCAL):
+        return Path(import_mlflow("mlflow.utils.file_utils").local_file_uri_to_path(location))
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = (
-        caches / "fewstep" / "models" / hashlib.sha256(f"{tracking_uri} {location}".encode()).hexdigest()[:32]
-    )
-    if not cache.is_dir():
+    digest = hashlib.sha256(f"{tracking_uri} {location}".encode()).hexdigest()[:32]
+    return caches / "fewstep" / "models" / digest / "packed"
+
+
+def _local_copy(location: str, tracking_uri: str) -> Path:
+    packed = _place(location, tracking_uri)
+    cache = packed.parent
+    if not location.startswith(_LOCAL) and not cache.is_dir():
+        artifacts = import_mlflow("mlflow.artifacts")
         cache.parent.mkdir(parents=True, exist_ok=True)
         with reporting(tracking_uri), tempfile.TemporaryDirectory(dir=cache.parent) as landing:
             fetched = artifacts.download_artifacts(
@@ -174,7 +188,7 @@ def _local_copy(location: str, tracking_uri: str) -> Path:
             )
             with atomic_folder(cache) as scratch:
                 Path(fetched).rename(scratch / "packed")
-    return cache / "packed"
+    return packed
 
 
 def _weights_folder(model_uri: str, packed: Path) -> Path:

@@ -22,7 +22,7 @@ from fewstep.actors.engine.static_step import StaticSteps
 from fewstep.actors.engine.text import TextStream, decode, find_stop
 from fewstep.actors.engine.watch import view_of
 from fewstep.kernels.model.transformer import Transformer
-from fewstep.platform.errors import RequestError
+from fewstep.platform.errors import CheckpointError, RequestError
 from fewstep.platform.records import FinishReason, Trajectory, WeightVersion
 
 
@@ -180,7 +180,10 @@ class Engine:
         Raises:
             CheckpointError: a tensor is missing, surplus or of another shape; the old weights stay whole.
         """
-        self.model.take_weights(state)
+        try:
+            self.model.take_weights(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"weights {version}", error.got, error.allowed, error.fix) from error
         self.weight_version = version
         for sequence in self._scheduler.running.values():
             sequence.root = str(version)

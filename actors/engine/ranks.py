@@ -1,8 +1,8 @@
 """The processes of one sharded model: how they meet, what they exchange, and how a lost one is noticed and named.
 
-Rank 0 leads: it sends orders, the others obey them in the order they come. Sums and rows go over gloo, or over NCCL where
-the model is on a GPU; orders always go over gloo. Nothing is encrypted or authenticated, as in every torch.distributed job:
-across hosts the ranks belong on a network of their own, and on one host they meet on the loopback address.
+Rank 0 leads: it sends orders, the others obey them in the order they come. All ranks compute on CPUs and exchange over gloo.
+Nothing is encrypted or authenticated, as in every torch.distributed job: across hosts the ranks belong on a network of their
+own, and on one host they meet on the loopback address.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from fewstep.platform.errors import ActorDied
 
 _logger = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
 # An order comes with its length in one broadcast if it fits here, else in a second one: 4 KiB travel as fast as 8 bytes.
 _HEAD_BYTES = 4096
 _LENGTH_BYTES = 8
@@ -44,7 +43,6 @@ class Ranks:
 
     Args:
         rank: 0 leads.
-        device: of the tensors that are summed.
         listener: rank 0's, a descriptor of the socket at the place; the ranks' store answers on it until rank 0 ends.
     Raises:
         ActorDied: not all ranks came within three minutes.
@@ -52,14 +50,13 @@ class Ranks:
         address: this host's, as the other ranks see it.
     """
 
-    def __init__(
-        self, place: Rendezvous, rank: int, device: torch.device = CPU, listener: int | None = None
-    ) -> None:
-        self.rank, self.num_ranks, self.device = rank, place.num_ranks, device
+    def __init__(self, place: Rendezvous, rank: int, listener: int | None = None) -> None:
+        self.rank, self.num_ranks = rank, place.num_ranks
         self.address = _address_towards(place.address, place.port)
         self._deadline = timedelta(seconds=place.deadline_s)
         self._death: ActorDied | None = None
         self._turn = threading.RLock()
+        self._ordered = False
         self._closing = threading.Event()
         try:
             leading: dict[str, Any] = (
@@ -68,8 +65,7 @@ class Ranks:
             self._store: Any = TCPStore(
                 place.address, place.port, wait_for_workers=False, timeout=_MEETING, **leading
             )
-            self._orders = self._gloo("orders")
-            self._numbers = self._nccl() if device.type == "cuda" else self._orders
+            self._group = self._gloo()
         except (RuntimeError, ValueError) as error:
             raise ActorDied(
                 f"the meeting of {place.num_ranks} ranks at {place.address}:{place.port}", _first_line(error)
@@ -82,47 +78,61 @@ class Ranks:
     def turn(self) -> Iterator[None]:
         """What one thread of rank 0 orders within is not mixed with another thread's orders.
 
+        An error behind an order leaves the other ranks in the middle of what was ordered, waiting for rank 0: the group is lost
+        then, and whoever comes next is told of that error and not, a deadline later, of a silence.
+
         Raises:
             ActorDied: a rank is lost; at once if that is known from before.
         """
         with self._turn:
             if self._death is not None:
                 raise self._death
-            yield
+            around, self._ordered = self._ordered, False
+            try:
+                yield
+            except BaseException as error:
+                if self._ordered and self._death is None:
+                    self._death = ActorDied(
+                        f"rank 0 of {self.num_ranks}", f"{type(error).__name__}: {_first_line(error)}"
+                    )
+                raise
+            finally:
+                self._ordered = around or self._ordered
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place; the same bits on every rank, as each part is added up by one of them."""
         options = dist.AllreduceOptions()
         options.timeout = self._deadline
-        self._wait(lambda: self._numbers.allreduce([x], options))
+        self._wait(lambda: self._group.allreduce([x], options))
         return x
 
     def share_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's rows on every rank; the others bring room for them."""
-        self._wait(lambda: self._numbers.broadcast([x], self._broadcast(self._deadline)))
+        self._wait(lambda: self._group.broadcast([x], self._broadcast(self._deadline)))
         return x
 
     def order(self, content: bytes) -> None:
         """Tell the other ranks what to do next."""
+        self._ordered = True
         head = torch.zeros(_HEAD_BYTES, dtype=torch.uint8)
         framed = len(content).to_bytes(_LENGTH_BYTES, "little") + content
         inline = framed[:_HEAD_BYTES]
         head[: len(inline)] = torch.frombuffer(bytearray(inline), dtype=torch.uint8)
-        self._wait(lambda: self._orders.broadcast([head], self._broadcast(self._deadline)))
+        self._wait(lambda: self._group.broadcast([head], self._broadcast(self._deadline)))
         if rest := framed[_HEAD_BYTES:]:
             tail = torch.frombuffer(bytearray(rest), dtype=torch.uint8)
-            self._wait(lambda: self._orders.broadcast([tail], self._broadcast(self._deadline)))
+            self._wait(lambda: self._group.broadcast([tail], self._broadcast(self._deadline)))
 
     def obey(self) -> bytes:
         """The next order, however long it takes to come."""
         head = torch.empty(_HEAD_BYTES, dtype=torch.uint8)
-        self._wait(lambda: self._orders.broadcast([head], self._broadcast(_NO_DEADLINE)))
+        self._wait(lambda: self._group.broadcast([head], self._broadcast(_NO_DEADLINE)))
         framed = head.numpy().tobytes()
         length = int.from_bytes(framed[:_LENGTH_BYTES], "little")
         content = framed[_LENGTH_BYTES : _LENGTH_BYTES + length]
         if missing := length - len(content):
             tail = torch.empty(missing, dtype=torch.uint8)
-            self._wait(lambda: self._orders.broadcast([tail], self._broadcast(self._deadline)))
+            self._wait(lambda: self._group.broadcast([tail], self._broadcast(self._deadline)))
             content += tail.numpy().tobytes()
         return content
 
@@ -163,19 +173,12 @@ class Ranks:
         if self._beating.is_alive():
             self._beating.join(2 * _BEAT_S)
 
-    def _gloo(self, name: str) -> Any:
+    def _gloo(self) -> Any:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         # Left alone gloo listens on whatever address the host name resolves to, which may be another network's.
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address)]
         options._timeout, options._threads = _MEETING, 2
-        return dist.ProcessGroupGloo(PrefixStore(name, self._store), self.rank, self.num_ranks, options)
-
-    def _nccl(self) -> Any:
-        nccl: Any = dist.ProcessGroupNCCL  # type: ignore[attr-defined]  # builds for CUDA have it
-        options = nccl.Options()
-        options._timeout = self._deadline
-        torch.cuda.set_device(self.device)
-        return nccl(PrefixStore("numbers", self._store), self.rank, self.num_ranks, options)
+        return dist.ProcessGroupGloo(PrefixStore("ranks", self._store), self.rank, self.num_ranks, options)
 
     @staticmethod
     def _broadcast(deadline: timedelta) -> Any:
@@ -231,7 +234,7 @@ def _address_towards(address: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Without the line of gloo's source that it begins with."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"^\[\S+:\d+\] ", "", line)

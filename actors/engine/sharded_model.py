@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fewstep.actors.engine.cache import PackedAttention, PageStore, free_bytes
-from fewstep.actors.engine.ranks import CPU, Ranks
+from fewstep.actors.engine.ranks import Ranks
 from fewstep.actors.engine.rendezvous import Rendezvous
 from fewstep.actors.engine.step_message import Layout, Reader, Writer, read_layout, write_layout
 from fewstep.kernels.model.checkpoint import load_state, state_checksum
@@ -36,6 +36,7 @@ from fewstep.platform.errors import ActorDied, CheckpointError
 _logger = logging.getLogger(__name__)
 
 SERVING, TRIAL = 0, 1
+_CPU = torch.device("cpu")
 
 
 class _Order(IntEnum):
@@ -94,6 +95,7 @@ class ShardedTransformer(LeadingShard):
             raise CheckpointError(
                 "weights", "tensors of one process", "weights staged on every rank", "load them from a folder"
             )
+        self.check_weights(state)
         with self.ranks.turn():
             self.ranks.order(_numbers(_Order.ADOPT, self.number))
             super().take_weights(state)
@@ -157,9 +159,10 @@ def load_sharded(
     try:
         state = load_state(folder, config, dtype, Shard(0, ranks.num_ranks))
         model.load_state_dict(state, assign=True)
-    except CheckpointError:
-        ranks.reports(subject)  # a rank that is still reading would keep what it is told to drop
-        drop(ranks, number)
+    except Exception:
+        with contextlib.suppress(ActorDied):
+            ranks.reports(subject)  # a rank that is still reading would keep what it is told to drop
+            drop(ranks, number)
         raise
     reports = [_report(ranks, state), *ranks.reports(subject)]
     for rank, report in enumerate(reports):
@@ -190,13 +193,13 @@ def end(ranks: Ranks) -> None:
         ranks.order(_numbers(_Order.END))
 
 
-def follow(place: Rendezvous, rank: int, device: torch.device = CPU) -> None:
+def follow(place: Rendezvous, rank: int) -> None:
     """Be a rank other than 0 until rank 0 ends it.
 
     Raises:
         ActorDied: another rank is gone.
     """
-    ranks = Ranks(place, rank, device)
+    ranks = Ranks(place, rank)
     try:
         _Follower(ranks).run()
     except ActorDied:
@@ -251,20 +254,18 @@ class _Follower:
 
     def _step(self, reader: Reader) -> None:
         held, same, num_pages = self._models[reader.number()], reader.number(), reader.number()
-        device, rows = self._ranks.device, reader.array()
+        rows = reader.array()
         if held.store is None or held.store.keys.shape[1] != num_pages:
-            held.store = PageStore(held.model.config, num_pages, held.dtype, device)
+            held.store = PageStore(held.model.config, num_pages, held.dtype, _CPU)
         if not same:
-            held.layout = read_layout(reader, held.store, device)
+            held.layout = read_layout(reader, held.store)
         layout = held.layout
         assert layout is not None
         attention = PackedAttention(held.store, layout.groups, layout.destination, layout.stale)
         attention.total = self._ranks.total
-        room = torch.empty(
-            (*layout.positions.shape, held.model.config.hidden_size), dtype=held.dtype, device=device
-        )
+        room = torch.empty((*layout.positions.shape, held.model.config.hidden_size), dtype=held.dtype)
         x = self._ranks.share_rows(room)
-        held.model(x, layout.positions, attention, None if rows is None else rows.to(device))
+        held.model(x, layout.positions, attention, rows)
 
     def _load(self, what: dict[str, Any]) -> None:
         """On a thread of its own, so that forwards go on."""
@@ -294,8 +295,7 @@ def _numbers(*values: int) -> bytes:
 
 
 def _report(ranks: Ranks, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    shared = ranks.address if ranks.device.type == "cpu" else f"{ranks.address} {ranks.device}"
-    return {"checksum": state_checksum(state), "free_bytes": free_bytes(ranks.device), "memory": shared}
+    return {"checksum": state_checksum(state), "free_bytes": free_bytes(_CPU), "memory": ranks.address}
 
 
 def _each_may_take(reports: list[dict[str, Any]]) -> int:

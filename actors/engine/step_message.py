@@ -88,7 +88,7 @@ def write_layout(writer: Writer, positions: torch.Tensor, attention: PackedAtten
         writer.array(group.bounds)
 
 
-def read_layout(reader: Reader, store: PageStore, device: torch.device) -> Layout:
+def read_layout(reader: Reader, store: PageStore) -> Layout:
     """What `write_layout` wrote, over this rank's own pages."""
     positions, destination, rows, owner = (reader.array() for _ in range(4))
     num_stale, num_groups = reader.number(), reader.number()
@@ -100,12 +100,11 @@ def read_layout(reader: Reader, store: PageStore, device: torch.device) -> Layou
         assert bounds is not None
         groups.append(
             RowGroup.of(
-                store, first_row, num_rows, own_block, table.view(count, -1), bounds.view(4, count), device, bool(keep)
+                store, first_row, num_rows, own_block, table.view(count, -1), bounds.view(4, count), store.keys.device, bool(keep)
             )
         )  # fmt: skip
     assert positions is not None
     stale = None
     if rows is not None and owner is not None:
-        stale = StaleRows(rows.to(device), owner.to(device), num_stale)
-    moved = None if destination is None else destination.to(device)
-    return Layout(positions.to(device)[None], groups, moved, stale)
+        stale = StaleRows(rows, owner, num_stale)
+    return Layout(positions[None], groups, destination, stale)

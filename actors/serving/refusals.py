@@ -42,6 +42,9 @@ class _TryLater(Refused):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[type[_TryLater], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after_s)
+
     @property
     def headers(self) -> Mapping[str, str]:
         return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from fewstep.actors.engine.engine import Engine
@@ -19,7 +20,7 @@ from fewstep.actors.serving.model_source import ModelSource
 from fewstep.actors.serving.trial import require_text, torch_dtype, version_of
 from fewstep.kernels.model.config import ComputeDtype
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
-from fewstep.platform.errors import CheckpointError
+from fewstep.platform.errors import ActorDied
 from fewstep.platform.records import WeightVersion
 
 
@@ -65,7 +66,8 @@ def proved_sharded(
     loaded = load_sharded(model.ranks, folder, torch_dtype(dtype), TRIAL)
     try:
         require_text(address, loaded.model, load_tokenizer(folder, loaded.model.config))
-    except CheckpointError:
-        drop(model.ranks, TRIAL)
+    except Exception:
+        with contextlib.suppress(ActorDied):
+            drop(model.ranks, TRIAL)
         raise
     return staged(loaded.model), version_of(source, address, loaded.checksum)

@@ -23,7 +23,7 @@ from fewstep.kernels.model.lora_settings import (
     mergeable_modules,
     peft_targets,
 )
-from fewstep.platform.artifacts import atomic_folder
+from fewstep.platform.artifacts import atomic_folder, weights_digest
 from fewstep.platform.errors import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -171,6 +171,21 @@ def check_adapter(folder: Path, config: ModelConfig) -> AdapterHeader:
         if module + (UP if is_down else DOWN) not in header.shapes:
             raise CheckpointError(where, "one half", "A and B of each module", "copy the folder again")
     return header
+
+
+def check_base(header: AdapterHeader, base: Path) -> None:
+    """Whether a model's weights are those that the adapter was trained on; nothing is known of an adapter without a digest.
+
+    Reads the model's files once.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    if header.base_digest and (found := weights_digest(base)) != header.base_digest:
+        raise CheckpointError(
+            f"adapter {header.folder}", f"weights of digest {found[:16]} below it, in {base}",
+            f"those that it was trained on, {header.base_digest[:16]}", f"put it on {header.base or 'that model'}",
+        )  # fmt: skip
 
 
 def load_adapter(folder: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor], float]:

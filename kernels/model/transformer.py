@@ -180,6 +180,12 @@ class Transformer(nn.Module):
         Raises:
             CheckpointError: names a tensor that is missing, surplus or of another shape; the old weights stay whole.
         """
+        self.check_weights(state)
+        self.load_state_dict(dict(state))
+        self.pack()
+
+    def check_weights(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Whether `take_weights` would take these; raises as it does."""
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         new = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if own != new:
@@ -187,8 +193,6 @@ class Transformer(nn.Module):
             raise CheckpointError(
                 "weights", f"a different {differing[0]}", "the engine's tensors", "push the same model"
             )
-        self.load_state_dict(dict(state))
-        self.pack()
 
     def pack(self) -> None:
         """Lay the weights out for inference as they are now (see `fewstep.kernels.linear`); to be called again after a

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from bench.small_checkpoints import CONFIGS, write_small
 from fastapi.testclient import TestClient
+from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 from tests.actors.serving.tiny import save_tiny
 
 from fewstep.__main__ import main
@@ -27,7 +31,9 @@ from fewstep.kernels.model.adapter_folder import save_adapter
 from fewstep.kernels.model.checkpoint import load_model, state_checksum
 from fewstep.kernels.model.lora import Lora
 from fewstep.kernels.model.lora_settings import LoraSettings
+from fewstep.platform.artifacts import weights_digest
 from fewstep.platform.errors import CheckpointError, ConfigError
+from fewstep.platform.mlflow_store import sqlite_uri
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
 SETTINGS = LoraSettings(rank=2, alpha=4)
@@ -42,7 +48,7 @@ def write_adapter(folder: Path, base: Path, seed: int) -> dict[str, torch.Tensor
     with torch.no_grad():
         for parameter in lora.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    save_adapter(folder, lora.factors(), SETTINGS, model.config, str(base), "ab" * 32)
+    save_adapter(folder, lora.factors(), SETTINGS, model.config, str(base), weights_digest(base))
     return lora.merged(model.state_dict(), lora.factors())
 
 
@@ -113,6 +119,42 @@ def test_an_adapter_of_another_model_is_refused_before_anything_starts(home: Pat
     assert any(name == "refused" and "in the sdar model" in text for name, text in plan(config))
 
 
+def test_an_adapter_on_other_weights_of_its_models_shape_is_refused_everywhere(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(home / "tiny", other)
+    state = load_file(str(other / "model.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in state.items()}, str(other / "model.safetensors"))
+    told = f"adapter {home / 'run' / 'adapter'}: got weights of digest {weights_digest(other)[:16]} below it, in {other}"
+    config = ServeConfig(model=AdaptedModel(model=str(other), adapter=str(home / "run")), port=0)
+    with pytest.raises(CheckpointError, match=re.escape(told)) as refused:
+        checked_sources(config, "127.0.0.1")
+    assert "\n" not in str(refused.value)
+    assert ("refused", str(refused.value)) in plan(config)
+    shutil.copytree(home / "run" / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(other)}))
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    assert "no: adapter" in capsys.readouterr().out
+
+
+def test_inspect_fetches_no_base(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = sqlite_uri(tmp_path)
+    client = MlflowClient(uri, registry_uri=uri)
+    client.create_registered_model("far")
+    client.create_model_version("far", "s3://nowhere/far")
+    shutil.copytree(home / "run" / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    for base, told in (
+        ("models:/far/1", "there is no model at models:/far/1"),
+        ("models:/none/1", "model: got models:/none/1"),
+    ):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+        assert main(["inspect", str(tmp_path / "adapter"), f"tracking_uri={uri}"]) == 0
+        assert f"unknown: {told}" in capsys.readouterr().out
+
+
 def test_a_plan_counts_an_adapter_as_weights_of_its_own(home: Path) -> None:
     one = dict(plan(ServeConfig(model=str(home / "tiny"), port=0)))
     entry = AdaptedModel(model=str(home / "tiny"), adapter=str(home / "run"))
@@ -145,8 +187,8 @@ def test_inspect_says_what_an_adapter_is(home: Path, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "LoRA of rank 2, alpha 4: 2 B A is added" in text
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; 7 layers" in text
-    assert f"{home / 'tiny'}, weights {'ab' * 8}" in text
-    assert "yes, by names and shapes" in text
+    assert f"{home / 'tiny'}, weights {weights_digest(home / 'tiny')[:16]}" in text
+    assert "yes, by names and shapes, and by the digest of the weights" in text
     assert main(["inspect", str(adapter), "--show", "json"]) == 0
     report = json.loads(capsys.readouterr().out)
     num_parameters = sum(p.numel() for p in Lora(load_model(home / "tiny")[0].config, SETTINGS).parameters())

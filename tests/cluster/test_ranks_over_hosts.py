@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.cluster.hosts import PORT, Hosts, open_hosts
 
@@ -80,19 +81,25 @@ def test_a_replica_over_two_hosts_answers_and_a_cut_cable_is_an_error() -> None:
             leading = [host for host in (1, 2) if on_host(hosts, host, "ray::ServeReplica")]
             following = [host for host in (1, 2) if on_host(hosts, host, "ray::RankActor")]
             assert sorted([*leading, *following]) == [1, 2]
-            # They talk over the hosts' own addresses: no loopback address is bound for the exchange.
+            # They talk to each other over the hosts' own addresses. Rank 0 is a child of the replica, which has
+            # connections of Ray's to the other rank.
             (pid,) = on_host(hosts, following[0], "ray::RankActor")
-            assert hosts.addresses[following[0]] in peers(hosts, following[0], pid)
+            (replica,) = on_host(hosts, leading[0], "ray::ServeReplica")
+            leaders = {child.pid for child in psutil.Process(replica).children(recursive=True)}
+            of_leader = connections(hosts, leading[0], leaders)
+            assert {(other, own) for own, other in connections(hosts, following[0], {pid})} & of_leader
             hosts.cable(following[0], "down")
             started = time.monotonic()
             failed = ask(hosts)
             assert time.monotonic() - started < 60
-            assert failed.startswith("50"), failed
+            assert failed.startswith("503"), failed
             assert "rank 1 of 2" in failed, failed
 
 
-def peers(hosts: Hosts, host: int, pid: int) -> set[str]:
-    """Local addresses of a process's connections to the other host."""
+def connections(hosts: Hosts, host: int, pids: set[int]) -> set[tuple[str, str]]:
+    """Own and other end of what some processes of a host have open, as address:port."""
     command = [*hosts.inside(host), "ss", "-tnpH", "state", "established"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {line.split()[2].rpartition(":")[0].strip("[]") for line in lines if f"pid={pid}," in line}
+    return {
+        (line.split()[2], line.split()[3]) for line in lines if any(f"pid={pid}," in line for pid in pids)
+    }

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ import httpx
 import psutil
 import pytest
 
+from fewstep.actors.bundles import Node
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request
 from fewstep.actors.serving.model_source import ModelSource
 from fewstep.cluster import session
-from fewstep.cluster.deploy import ServeConfig, checked_sources
+from fewstep.cluster.deploy import ServeConfig, checked_sources, require_places
 from fewstep.cluster.serve_plan import plan
 from fewstep.cluster.served_models import check_sharding
 from fewstep.kernels.model.checkpoint import embedded_model, load_model
-from fewstep.platform.errors import ConfigError
+from fewstep.platform.errors import ConfigError, ResourceError
 from fewstep.platform.ports import free_port
 from fewstep.platform.records import DecodePolicy, WeightVersion
 
@@ -53,6 +55,26 @@ def test_the_plan_states_what_each_rank_holds() -> None:
     lines = dict(plan(ServeConfig(tensor_parallel=2, port=0)))
     assert lines["replicas"] == "1 of 2 ranks on one node, each of 1 CPUs, each with every model"
     assert lines["ranks"].startswith("2: 1.7 MiB of weights on the first, 1.5 MiB on each other, 64.0 MiB")
+
+
+@pytest.mark.parametrize(
+    ("words", "free", "told"),
+    [
+        ({"tensor_parallel": 2}, (1.0, 1.0), "got 1 replica of 2 CPU.*10.0.0.0 1 CPU, 10.0.0.1 1 CPU.*any_node"),
+        ({"tensor_parallel": 2, "num_replicas": 2}, (3.0, 1.0), "got 2 replica of 2 CPU"),
+        ({"tensor_parallel": 2, "cpus_per_replica": 1.5, "ranks_on": "any_node"}, (2.0, 1.0), "got 2 rank of 1.5 CPU"),
+        ({"cpus_per_replica": 2.0}, (1.0, 1.0), "got 1 replica of 2 CPU"),
+        ({"tensor_parallel": 2}, (0.0, 2.0), ""),
+        ({"tensor_parallel": 2, "ranks_on": "any_node"}, (1.0, 1.0), ""),
+        ({"tensor_parallel": 2, "num_replicas": 2, "cpus_per_replica": 0.1}, (0.2, 0.2), ""),
+    ],
+)  # fmt: skip
+def test_cpus_that_suffice_only_in_total_are_refused_with_what_each_node_has(
+    words: dict[str, Any], free: tuple[float, ...], told: str
+) -> None:
+    nodes = [Node(f"n{index}", f"10.0.0.{index}", cpus) for index, cpus in enumerate(free)]
+    with pytest.raises(ResourceError, match=told) if told else nullcontext():
+        require_places(ServeConfig(**words), nodes)
 
 
 def one_rank(seed: int, temperature: float) -> str:

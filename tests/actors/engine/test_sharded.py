@@ -17,7 +17,7 @@ from tests.actors.engine.sharded_ranks import Group, open_ranks
 
 from fewstep.actors.engine.engine import Engine
 from fewstep.actors.engine.request import Request, Update
-from fewstep.actors.engine.sharded_model import TRIAL, load_sharded, staged
+from fewstep.actors.engine.sharded_model import TRIAL, drop, load_sharded, staged
 from fewstep.kernels.model.checkpoint import load_model, load_state, load_tokenizer, save_model
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.sharding import Shard, is_summand_bias, require_shardable, split_axis
@@ -222,6 +222,42 @@ def test_weights_of_one_process_are_refused(tmp_path: Path, two: Group) -> None:
     _, other = both(folder, two)
     with pytest.raises(CheckpointError, match="staged on every rank"):
         other.load_weights(load_state(folder, ModelConfig.load(folder)), VERSION)
+
+
+def test_staged_weights_that_do_not_fit_are_refused_before_any_rank_takes_them(
+    tmp_path: Path, two: Group
+) -> None:
+    _, other = both(folder_of(tmp_path / "old"), two)
+    before = other.generate(requests_of(2))
+    state = staged(load_sharded(two.ranks, folder_of(tmp_path / "new", seed=1), number=TRIAL).model)
+    state["norm.weight"] = torch.ones(3)
+    with pytest.raises(CheckpointError, match=r"^weights test:1:1: got a different norm\.weight"):
+        other.load_weights(state, WeightVersion("test", 1, "1"))
+    drop(two.ranks, TRIAL)
+    assert_same(before, other.generate(requests_of(2)))
+
+
+def fail_behind_an_order(group: Group) -> None:
+    with group.ranks.turn():
+        drop(group.ranks, TRIAL)
+        raise MemoryError("no room for a layer")
+
+
+def test_an_error_behind_an_order_loses_the_group_at_once_and_names_itself(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m")
+    with open_ranks(2) as group:
+        _, tokenizer = load_model(folder)
+        engine = Engine(
+            load_sharded(group.ranks, folder).model, tokenizer, max_sequences=2, weight_version=VERSION
+        )
+        with pytest.raises(MemoryError), group.ranks.turn():
+            raise MemoryError("before anything was ordered")
+        engine.generate(requests_of(1))
+        with pytest.raises(MemoryError):
+            fail_behind_an_order(group)
+        with pytest.raises(ActorDied, match=r"^rank 0 of 2 died: MemoryError: no room for a layer$"):
+            engine.generate(requests_of(2))
+        group.processes[0].kill()  # a rank waits for orders for as long as rank 0's process lives
 
 
 def test_a_folder_that_a_rank_cannot_read_is_refused_by_that_rank(tmp_path: Path, two: Group) -> None:
