@@ -154,7 +154,7 @@ def open_retention(
     settings = config.retain
     if settings is None:
         return None
-    found, origin = _find(config, settings, tokenizer, chat, source)
+    found, origin = _find(config, settings, model.mask_token_id, tokenizer, chat, source)
     room = min(settings.sequence_tokens, model.max_position_embeddings)
     documents = [
         short for one in found.documents if (short := _fitted(one, settings, model, room, config.max_tokens))
@@ -176,15 +176,16 @@ def open_retention(
 
 
 def _find(
-    config: RefineConfig, settings: Retain, tokenizer: Tokenizer, chat: ChatTemplate, source: TaskSource
-) -> tuple[Found, str]:
+    config: RefineConfig, settings: Retain, mask_token: int, tokenizer: Tokenizer, chat: ChatTemplate, source: TaskSource
+) -> tuple[Found, str]:  # fmt: skip
     """Documents, and where they are from in words."""
     if settings.sources == (FAMILY,):
         found = Found(family_documents(settings, tokenizer), [])
         origin = "pairs of the embedded family's training side"
     elif settings.sources:
         held_out = {one.task.prompt for one in (*source.held_out, *source.watched)}
-        found, origin = read_documents(settings, tokenizer, chat, held_out), ", ".join(settings.sources)
+        found = read_documents(settings, tokenizer, chat, held_out, mask_token)
+        origin = ", ".join(settings.sources)
     else:
         steps = range(-(-settings.num_documents // config.prompts_per_step))
         asked = [one for step in steps for one in source.draw(step, config.prompts_per_step)]

@@ -126,6 +126,21 @@ def test_texts_come_from_files_without_what_the_run_is_measured_by(tmp_path: Pat
         _opened(tmp_path, sources=[str(file)])
 
 
+def test_a_document_with_the_mask_token_is_left_out(tmp_path: Path) -> None:
+    """The model's likelihood of its mask token is 0, and its logarithm would spoil the update."""
+    rows = [
+        {"q": "def f(x)", "a": "\n    return x"},
+        {"q": "def g(x)", "a": "\n    return <|mask|>"},
+        {"q": "def <|mask|>(x)", "a": "\n    return x"},
+    ]
+    file = _lines(tmp_path / "own.jsonl", rows)
+    retention, _ = _opened(tmp_path, sources=[str(file)], prompt_column="q", text_column="a")
+    assert len(retention.documents) == 1
+    assert [(one.task_id.rpartition(": ")[2], one.reason) for one in retention.excluded] == [
+        ("row 2", "holds the mask token"), ("row 3", "holds the mask token")
+    ]  # fmt: skip
+
+
 def test_prompts_alone_are_answered_by_the_unrefined_model_once(tmp_path: Path) -> None:
     retention, engine = _opened(tmp_path, noise=0.3, num_documents=6)
     config = small_config(tmp_path / "out", "", retain={"noise": 0.3, "num_documents": 6})
