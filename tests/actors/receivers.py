@@ -25,7 +25,9 @@ class ReceiverProcess:
     def __init__(self, dies_in_push: int = 0, *, before_plan: bool = False, delay_s: float = 0.0) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self.process = context.Process(target=_receive, args=(other, dies_in_push, before_plan, delay_s), daemon=True)
+        self.process = context.Process(
+            target=_receive, args=(other, dies_in_push, before_plan, delay_s), daemon=True
+        )
         self.process.start()
         other.close()
         self._thread = ThreadPoolExecutor(1)
