@@ -241,8 +241,10 @@ class BroadcastTransport(WeightTransport):
         """A failure ends the push it belongs to. Before the plan nobody knows whether who failed had checked in, and a
         group with one that is gone would be waited for: nobody takes part, and all are asked again."""
         assert isinstance(payload, BroadcastPayload)
+        if not failed:
+            return
         with self._lock:
-            if not failed or payload.push != self._pushes or self._stop.is_set():
+            if payload.push != self._pushes or self._stop.is_set():
                 return
             self._stop.set()
             if self._planned:
