@@ -121,7 +121,7 @@ class TrainerGroup:
         """Restore what `save` wrote, with as many ranks or another number.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged. The group is of no more use: other ranks may wait for the one that failed.
         """
         saved = SavedTrainer.read(folder)
         if saved.num_ranks != len(self._ranks):
@@ -132,7 +132,17 @@ class TrainerGroup:
                 )  # fmt: skip
             how = "read as it is" if saved.fits(self.settings) else "converted"
             print(f"checkpoint of {saved.num_ranks} trainer ranks, {how} for {len(self._ranks)}", flush=True)
-        self._get("load", [rank.load.remote(folder) for rank in self._ranks])
+        try:
+            self._get("load", [rank.load.remote(folder) for rank in self._ranks])
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, UserError):
+                raise cause from error
+            first = next(iter(str(cause).splitlines()), "")
+            raise CheckpointError(
+                str(folder), f"unreadable ({type(cause).__name__}: {first})", "what a finished checkpoint holds",
+                "set resume=false to start over",
+            ) from error  # fmt: skip
 
     def matmul_rate(self) -> float:
         """FLOP/s that matrix products reach on all ranks together, rank 0's taken for each."""

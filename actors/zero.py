@@ -179,11 +179,10 @@ def universal_checkpoint(folder: Path) -> Iterator[Path]:
 
     Rank 0 converts it on the disk, parameter by parameter, into a folder beside it that is removed at the end.
     """
-    target = folder.with_name(f"{folder.name}.universal")
+    target = _universal(folder)
     if dist.get_rank() == 0:
         from deepspeed.checkpoint.ds_to_universal import main as convert
 
-        shutil.rmtree(target, ignore_errors=True)
         talk = io.StringIO()
         with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
             # Checkpoints of stages 1 and 2 lack the mark that Megatron's writer leaves.
@@ -196,14 +195,20 @@ def universal_checkpoint(folder: Path) -> Iterator[Path]:
     dist.barrier()
     try:
         yield target
+        dist.barrier()  # not after an error, which the other ranks may not have: it would wait for them
     finally:
-        dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(target, ignore_errors=True)
 
 
+def _universal(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.universal")
+
+
 def load_engine(engine: Any, folder: Path, saved: SavedTrainer, settings: TrainerSettings) -> None:
     """Weights and optimiser of a checkpoint into a DeepSpeed engine, whatever the number of ranks (collective)."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(_universal(folder), ignore_errors=True)  # of a conversion that was killed
     if saved.fits(settings):
         # What an adapter is on is not in its checkpoint.
         engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=settings.lora is None)

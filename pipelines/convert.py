@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from fewstep.kernels.model.checkpoint import load_state, save_model
 from fewstep.kernels.model.config import ModelConfig
+from fewstep.kernels.model.lora_settings import chosen_modules
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.pipelines import pretrain
 from fewstep.pipelines.corpus import TOKENIZER
@@ -73,11 +74,14 @@ def run(config: ConvertConfig) -> None:
     A GGUF file is unpacked into `out/source` first.
 
     Raises:
-        UserError: a source that cannot be converted, or data that do not fit it.
+        UserError: a source that cannot be converted or lacks a module that an adapter is asked for, or data that do not
+            fit it.
     """
     address, source = pinned_model(config.source, config.tracking_uri or "")
     if source.suffix == SUFFIX:
         source = unpacked(source, config.out / "source")
+    if config.trainer.lora is not None:
+        chosen_modules(ModelConfig.load(source), config.trainer.lora.target_modules)
     start = config.out / ("start" if config.data else "model")
     mask = convert_model(source, start, config.block_size, config.mask_token, config.seed, address)
     print(

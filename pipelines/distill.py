@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ def run(config: DistillConfig) -> None:
         tags={"machine.accelerator": accelerator(), "model.family": teacher.model.family, "model.source": teacher.start.address, "model.source_digest": teacher.start.digest, **adapter_tags(config.trainer.lora)},
     )  # fmt: skip
     with tracked_run(plan) as tracker:
+        if saved is None:
+            # One of an older run in this folder: it is not what this run goes on from, should it be interrupted.
+            shutil.rmtree(config.out / "checkpoint", ignore_errors=True)
         _fill(config, teacher)
         orders = read_pool(config.out / "pool")
         _log_data(tracker, config, teacher, orders)

@@ -6,6 +6,7 @@ run that resumes at a checkpoint ends where an uninterrupted one does.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -60,38 +61,37 @@ def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
         tags={"machine.accelerator": accelerator(), "model.family": start.model.family, "model.source": start.address,
               "model.source_digest": start.digest, **adapter_tags(config.trainer.lora), **(tags or {})},
     )  # fmt: skip
-    with (
-        tracked_run(plan) as tracker,
-        told_how_to_resume(config.out / "checkpoint", config.steps, resume=config.resume),
-        closing(
-            TrainerGroup(
-                start.model,
-                start.initial,
-                config.trainer,
-                OBJECTIVE,
-                replay=config.out / "diverged-batch.npz",
-            )
-        ) as trainer,
-    ):
-        first = 0
-        if saved is not None:
-            first = int(saved["step"])
-            trainer.load((config.out / "checkpoint").resolve())
-            print(f"resumed at step {first}", flush=True)
-        log_lineage(tracker, config, corpus)
-        log = PretrainLog(config, first, tracker, trainer.matmul_rate())
-        _train(_Job(config, start, fingerprint, trainer, find_batches(config, start, corpus), log), first)
-        save_model(config.out / "model", trainer.state(), start.model, start.tokenizer, start.source)
-        keeper = AdapterKeeper(trainer, config.trainer.lora, start)
-        keeper(config.out / ADAPTER)
-        keeper.log(tracker, config.out / ADAPTER)
-        draw_curves(config.out / "curve.png", {"pretrain": log.rows}, PRETRAIN_PANELS)
-        tracker.log_figure("curve", config.out / "curve.png", step=config.steps)
-        log_checkpoint(
-            tracker, config.out / "model", name="pretrained", input_example=example_of(start, corpus),
-            metrics={"checkpoint/nll_per_token": log.rows[-1]["nll_per_token"]}, policy=DecodePolicy(), step=config.steps,
-        )  # fmt: skip
+    with tracked_run(plan) as tracker:
+        if saved is None:
+            # One of an older run in this folder: it is not what this run goes on from, should it be interrupted.
+            shutil.rmtree(config.out / "checkpoint", ignore_errors=True)
+        way_back = told_how_to_resume(config.out / "checkpoint", config.steps, resume=config.resume)
+        with way_back, closing(_trainer(config, start)) as trainer:
+            first = 0
+            if saved is not None:
+                first = int(saved["step"])
+                trainer.load((config.out / "checkpoint").resolve())
+                print(f"resumed at step {first}", flush=True)
+            log_lineage(tracker, config, corpus)
+            log = PretrainLog(config, first, tracker, trainer.matmul_rate())
+            _train(_Job(config, start, fingerprint, trainer, find_batches(config, start, corpus), log), first)
+            save_model(config.out / "model", trainer.state(), start.model, start.tokenizer, start.source)
+            keeper = AdapterKeeper(trainer, config.trainer.lora, start)
+            keeper(config.out / ADAPTER)
+            keeper.log(tracker, config.out / ADAPTER)
+            draw_curves(config.out / "curve.png", {"pretrain": log.rows}, PRETRAIN_PANELS)
+            tracker.log_figure("curve", config.out / "curve.png", step=config.steps)
+            log_checkpoint(
+                tracker, config.out / "model", name="pretrained", input_example=example_of(start, corpus),
+                metrics={"checkpoint/nll_per_token": log.rows[-1]["nll_per_token"]}, policy=DecodePolicy(), step=config.steps,
+            )  # fmt: skip
     print(f"wrote {config.out / 'model'}", flush=True)
+
+
+def _trainer(config: PretrainConfig, start: Start) -> TrainerGroup:
+    return TrainerGroup(
+        start.model, start.initial, config.trainer, OBJECTIVE, replay=config.out / "diverged-batch.npz"
+    )
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class Progress:
 
     Attributes:
         stopped: why the run ends before its steps are done; empty = it does not.
+        retained: digest of the unrefined model's own answers that are retained on (`Retention.answers`).
     """
 
     step: int = 0
@@ -80,6 +81,7 @@ class Progress:
     pass_rate: float = 0.0
     seconds: float = 0.0
     stopped: str = ""
+    retained: str = ""
     standing: Standing = field(default_factory=Standing)
     history: list[dict[str, float]] = field(default_factory=list)
 

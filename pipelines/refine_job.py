@@ -84,15 +84,16 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         stack.enter_context(told_how_to_resume(checkpoint, config.steps, resume=config.resume))
         engines = stack.enter_context(open_engines(config, job.folder, tracker, job.placement))
         trainer = stack.enter_context(open_trainer(config, job.model, job.folder, job.placement))
-        frontier = _Frontier(config, job.source, engines.generate, job.verifier, job.tokenizer)
-        before = frontier.measure("before")
         # The replicas hold the starting weights here; a resumed run's are the checkpoint's.
         retention = job.retention and job.retention.answered(
-            config, job.tokenizer, engines.generate, job.digest
+            config, job.tokenizer, engines.generate, job.digest, (saved or {}).get("retained", "")
         )
+        frontier = _Frontier(config, job.source, engines.generate, job.verifier, job.tokenizer)
+        before = frontier.measure("before")
         keeper = AdapterKeeper(trainer, config.trainer.lora, job.start)
         workers = Workers(engines.generate, job.verifier.verify, trainer, engines.push, keeper)
         progress = _starting_point(config, saved, trainer, tracker)
+        progress.retained = retention.answers if retention else ""
         workers.push(trainer.state(), WeightVersion(tracker.run_id, progress.step, ""))
         save = _saver(config, job, trainer, tracker)
         progress = refine(

@@ -41,12 +41,13 @@ class Found(NamedTuple):
 
 
 def read_documents(
-    settings: Retain, tokenizer: Tokenizer, chat: ChatTemplate, held_out: AbstractSet[str]
+    settings: Retain, tokenizer: Tokenizer, chat: ChatTemplate, held_out: AbstractSet[str], mask_token: int
 ) -> Found:
     """`num_documents` of the sources' documents, drawn by a hash of their place, in the order of the files.
 
     Args:
         held_out: prompts of tasks that the run is measured by; no document may have one.
+        mask_token: no document may hold it: the model never predicts it, so its likelihood is 0.
     Raises:
         ConfigError: a source that is not there, cannot be read or lacks a column.
     """
@@ -67,7 +68,14 @@ def read_documents(
             heapq.heappushpop(kept, entry)
     chosen = sorted((number, row) for _, number, row in kept)
     template = chat if settings.chat else None
-    return Found([_encoded(settings, row, tokenizer, template) for _, row in chosen], excluded)
+    documents = []
+    for _, row in chosen:
+        document = _encoded(settings, row, tokenizer, template)
+        if mask_token in (*document.prompt_ids, *document.text_ids):
+            excluded.append(Exclusion(f"{row.path}: row {row.number}", "holds the mask token"))
+        else:
+            documents.append(document)
+    return Found(documents, excluded)
 
 
 def _rows(settings: Retain) -> Iterator[Row]:

@@ -44,6 +44,7 @@ class Retention:
         documents: in the model's tokens; without texts until `answered`.
         about: name, digest, origin and sizes, for the lineage.
         excluded: documents that were left out, and why.
+        answers: digest of the model's own answers; "" where the documents bring texts, and until `answered`.
     """
 
     settings: Retain
@@ -51,9 +52,15 @@ class Retention:
     documents: tuple[Document, ...]
     about: TaskSet
     excluded: tuple[Exclusion, ...] = ()
+    answers: str = ""
 
     def answered(
-        self, config: RefineConfig, tokenizer: Tokenizer, generate: Generate, weights: str
+        self,
+        config: RefineConfig,
+        tokenizer: Tokenizer,
+        generate: Generate,
+        weights: str,
+        trained_on: str = "",
     ) -> Retention:
         """With texts; those of prompts alone are asked of `generate`, which holds the weights refinement starts from.
 
@@ -62,8 +69,9 @@ class Retention:
 
         Args:
             weights: digest of those weights.
+            trained_on: `answers` of the checkpoint that the run goes on from; "" = it starts.
         Raises:
-            ConfigError: the model answers none of them.
+            ConfigError: the model answers none of them, or these are others than the checkpoint was trained on.
         """
         if self.settings.has_texts:
             return self
@@ -74,6 +82,13 @@ class Retention:
         if known is None and config.replay is not None:
             known = _known(config.replay.parent / ANSWERED, key)
         documents = self._ask(config, generate) if known is None else known
+        answers = state_digest(repr(one) for one in documents)
+        if trained_on and answers != trained_on:
+            raise ConfigError(
+                "retain", f"other answers in {path} than the checkpoint was trained on" if known is not None else
+                f"new answers, as {path} is gone, and others than the checkpoint was trained on",
+                "those it was trained on", f"put the old {ANSWERED} back, or set resume=false to start over",
+            )  # fmt: skip
         texts = [
             json.dumps({
                 "prompt_ids": one.prompt_ids, "text_ids": one.text_ids, "ended": one.ended,
@@ -81,7 +96,7 @@ class Retention:
             }) for one in documents
         ]  # fmt: skip
         atomic_write_text(path, "\n".join([json.dumps({"key": key}), *texts]) + "\n")
-        return replace(self, documents=tuple(documents))
+        return replace(self, documents=tuple(documents), answers=answers)
 
     def _ask(self, config: RefineConfig, generate: Generate) -> list[Document]:
         policy = DecodePolicy(
@@ -96,9 +111,11 @@ class Retention:
         documents = []
         for one, trajectory in zip(self.documents, generate(requests), strict=True):
             ids = tuple(trajectory.completion_ids.tolist())
-            ended = trajectory.finish_reason == "stop"
-            if ids:
-                documents.append(Document(one.prompt_ids, ids, ended))
+            document = Document(one.prompt_ids, ids, ended=trajectory.finish_reason == "stop")
+            if ids and (
+                document.ended or _whole_blocks(document, self.model) > _num_prompt(document, self.model)
+            ):
+                documents.append(document)
         if not documents:
             raise ConfigError("retain", "no answer to any prompt", "a model that answers", "give texts")
         print(f"retention: the unrefined model answered {len(documents)} prompts", flush=True)
@@ -132,13 +149,21 @@ class Retention:
 def as_sample(document: Document, model: ModelConfig) -> Sample:
     """Whole blocks: a text that ended is filled up with end-of-sequence, one that was cut loses its last part block."""
     tokens = np.array([*document.prompt_ids, *document.text_ids], np.int64)
-    if document.ended and tokens[-1] != model.eos_token_id:
+    if not document.ended:
+        return Sample(tokens[: _whole_blocks(document, model)], _num_prompt(document, model))
+    if tokens[-1] != model.eos_token_id:
         tokens = np.append(tokens, model.eos_token_id)
+    return Sample.padded(tokens, _num_prompt(document, model), model.block_size, model.eos_token_id)
+
+
+def _num_prompt(document: Document, model: ModelConfig) -> int:
     # With shifted logits no row predicts the first token.
-    num_prompt = max(len(document.prompt_ids), int(model.logit_shift))
-    if document.ended or len(tokens) // model.block_size * model.block_size <= num_prompt:
-        return Sample.padded(tokens, num_prompt, model.block_size, model.eos_token_id)
-    return Sample(tokens[: len(tokens) // model.block_size * model.block_size], num_prompt)
+    return max(len(document.prompt_ids), int(model.logit_shift))
+
+
+def _whole_blocks(document: Document, model: ModelConfig) -> int:
+    """Tokens up to the last block's end."""
+    return (len(document.prompt_ids) + len(document.text_ids)) // model.block_size * model.block_size
 
 
 def open_retention(
@@ -154,7 +179,7 @@ def open_retention(
     settings = config.retain
     if settings is None:
         return None
-    found, origin = _find(config, settings, tokenizer, chat, source)
+    found, origin = _find(config, settings, model.mask_token_id, tokenizer, chat, source)
     room = min(settings.sequence_tokens, model.max_position_embeddings)
     documents = [
         short for one in found.documents if (short := _fitted(one, settings, model, room, config.max_tokens))
@@ -176,15 +201,16 @@ def open_retention(
 
 
 def _find(
-    config: RefineConfig, settings: Retain, tokenizer: Tokenizer, chat: ChatTemplate, source: TaskSource
-) -> tuple[Found, str]:
+    config: RefineConfig, settings: Retain, mask_token: int, tokenizer: Tokenizer, chat: ChatTemplate, source: TaskSource
+) -> tuple[Found, str]:  # fmt: skip
     """Documents, and where they are from in words."""
     if settings.sources == (FAMILY,):
         found = Found(family_documents(settings, tokenizer), [])
         origin = "pairs of the embedded family's training side"
     elif settings.sources:
         held_out = {one.task.prompt for one in (*source.held_out, *source.watched)}
-        found, origin = read_documents(settings, tokenizer, chat, held_out), ", ".join(settings.sources)
+        found = read_documents(settings, tokenizer, chat, held_out, mask_token)
+        origin = ", ".join(settings.sources)
     else:
         steps = range(-(-settings.num_documents // config.prompts_per_step))
         asked = [one for step in steps for one in source.draw(step, config.prompts_per_step)]

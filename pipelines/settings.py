@@ -333,12 +333,12 @@ class RefineConfig(Config):
 
     @model_validator(mode="after")
     def _every_key_acts(self) -> RefineConfig:
-        if self.retain is not None and self.retain.documents_per_update < self.trainer.num_ranks:
-            raise ValueError("retain.documents_per_update must be at least trainer.num_ranks")
         if self.held_out_checks.gates_curriculum and not self.held_out_checks.every:
             raise ValueError("held_out_checks.gates_curriculum needs held_out_checks.every")
         if self.rollouts_only and self.replay is not None:
             raise ValueError("rollouts_only and replay exclude each other")
+        if self.rollouts_only and self.retain is not None:
+            raise ValueError("retain does nothing with rollouts_only, which trains nothing")
         if self.max_staleness and (self.rollouts_only or self.replay is not None or self.in_process):
             raise ValueError("max_staleness does nothing with rollouts_only, replay or in_process")
         if self.in_process and self.weight_transport != "auto":

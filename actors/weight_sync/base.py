@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -96,8 +97,8 @@ class WeightTransport(ABC):
         """How long one publication may wait for echoes, of the time that is left; interrupted receivers get another."""
         return left_s
 
-    def answered(self, *, failed: bool) -> None:  # noqa: B027
-        """Called inside `publish`'s block as each receiver answers, from any thread."""
+    def answered(self, payload: Payload, *, failed: bool) -> None:  # noqa: B027
+        """Called as a receiver of `payload` answers, from any thread; after `publish`'s block, too."""
 
     def all_answered(self) -> None:  # noqa: B027 -- most transports keep nothing
         """Called inside `publish`'s block when every receiver has answered."""
@@ -129,7 +130,7 @@ class WeightTransport(ABC):
                 with self.publish(state, len(again), limit_s) as payload:
                     for name in again:
                         futures[name] = receivers[name](payload, version)
-                        futures[name].add_done_callback(self._note)
+                        futures[name].add_done_callback(partial(self._note, payload))
                     wait(futures.values(), timeout=limit_s)
                     # One that failed may still be reading: a caller's error is no proof of the process's end.
                     if all(future.done() and future.exception() is None for future in futures.values()):
@@ -159,8 +160,8 @@ class WeightTransport(ABC):
             failures=failures,
         )
 
-    def _note(self, future: Future[Echo]) -> None:
-        self.answered(failed=future.cancelled() or future.exception() is not None)
+    def _note(self, payload: Payload, future: Future[Echo]) -> None:
+        self.answered(payload, failed=future.cancelled() or future.exception() is not None)
 
 
 def _interrupted(future: Future[Echo]) -> bool:

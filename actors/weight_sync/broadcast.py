@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fewstep.actors.weight_sync.base import Interrupted, WeightTransport
+from fewstep.actors.weight_sync.base import Interrupted, Payload, WeightTransport
 from fewstep.actors.weight_sync.layout import Layout, buckets
 from fewstep.platform.ports import address_towards
 
@@ -36,6 +36,7 @@ _ASK_S = 0.1
 # Of the time of an attempt: until it goes without those that have not checked in, and until it is given up.
 _CHECK_IN_SHARE, _TRANSFER_SHARE = 0.4, 0.9
 _SENDER = "sender"
+_NOBODY = json.dumps({"generation": 0, "members": []})
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,7 @@ class BroadcastTransport(WeightTransport):
         )
         self._group: _Group | None = None
         self._buffers: list[torch.Tensor] = []
-        self._num_lost, self._planned = 0, False
-        self._stop = threading.Event()
+        self._planned, self._stop, self._lock = False, threading.Event(), threading.Lock()
 
     def attempt_s(self, left_s: float, deadline_s: float) -> float:
         """Time for a second attempt is left, should a receiver fall out of the first."""
@@ -217,8 +217,9 @@ class BroadcastTransport(WeightTransport):
     ) -> Iterator[BroadcastPayload]:
         parts = buckets(state, self._bucket_bytes)
         layouts = tuple(Layout.of(bucket) for bucket in parts)
-        self._pushes, self._num_lost, self._planned = self._pushes + 1, 0, False
-        self._stop.clear()
+        with self._lock:
+            self._pushes, self._planned = self._pushes + 1, False
+            self._stop.clear()
         timeout_s = _TRANSFER_SHARE * limit_s
         self._store.set_timeout(timedelta(seconds=timeout_s))
         payload = BroadcastPayload(self._id, self._host, self._port, self._pushes, timeout_s, layouts)
@@ -234,13 +235,22 @@ class BroadcastTransport(WeightTransport):
             for key in ("arrived", "broken"):
                 self._store.delete_key(f"push/{payload.push}/{key}")
             # For whoever comes late.
-            self._store.set(f"push/{payload.push}/plan", json.dumps({"generation": 0, "members": []}))
+            self._store.set(f"push/{payload.push}/plan", _NOBODY)
 
-    def answered(self, *, failed: bool) -> None:
-        self._num_lost += failed
-        if failed and self._planned:
+    def answered(self, payload: Payload, *, failed: bool) -> None:
+        """A failure ends the push it belongs to. Before the plan nobody knows whether who failed had checked in, and a
+        group with one that is gone would be waited for: nobody takes part, and all are asked again."""
+        assert isinstance(payload, BroadcastPayload)
+        if not failed:
+            return
+        with self._lock:
+            if payload.push != self._pushes or self._stop.is_set():
+                return
             self._stop.set()
-            self._store.set(f"push/{self._pushes}/broken", "")
+            if self._planned:
+                self._store.set(f"push/{payload.push}/broken", "")
+            else:
+                self._store.set(f"push/{payload.push}/plan", _NOBODY)
 
     def close(self) -> None:
         self._leave()
@@ -262,23 +272,31 @@ class BroadcastTransport(WeightTransport):
         """The sender and whoever has come by the time that all came who still can."""
         store, key = self._store, f"push/{payload.push}"
         until = time.monotonic() + payload.timeout_s * _CHECK_IN_SHARE / _TRANSFER_SHARE
-        while (arrived := store.add(f"{key}/arrived", 0)) < num_receivers - self._num_lost:
+        while (arrived := store.add(f"{key}/arrived", 0)) < num_receivers or not self._named(key, arrived):
             if time.monotonic() > until or self._stop.wait(_POLL_S):
                 break
-        names = sorted(store.get(f"{key}/{index}").decode() for index in range(arrived))
-        for index in range(arrived):
-            store.delete_key(f"{key}/{index}")
+        # One that ended between its number and its name is not waited for.
+        named = [f"{key}/{index}" for index in range(arrived) if store.check([f"{key}/{index}"])]
+        names = sorted(store.get(one).decode() for one in named)
+        for one in named:
+            store.delete_key(one)
         return [_SENDER, *names]
 
+    def _named(self, key: str, arrived: int) -> bool:
+        return bool(self._store.check([f"{key}/{index}" for index in range(arrived)]))
+
     def _joined(self, payload: BroadcastPayload, members: list[str]) -> _Group:
-        """The last push's group, or a new one where others take part."""
+        """The last push's group, or a new one where others take part. Raises RuntimeError if the push is over."""
         group = self._group
         if group is None or group.members != tuple(members):
             self._leave()
             self._generations += 1
-        self._planned = True
         plan = {"generation": self._generations, "members": members}
-        self._store.set(f"push/{payload.push}/plan", json.dumps(plan))
+        with self._lock:
+            if self._stop.is_set():
+                raise RuntimeError("a receiver is gone")
+            self._planned = True
+            self._store.set(f"push/{payload.push}/plan", json.dumps(plan))
         if self._group is None:
             self._group = _Group(self._generations, members, 0, self._store, self._host, payload.timeout_s)
         return self._group

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
@@ -17,12 +18,16 @@ class ReceiverProcess:
 
     Args:
         dies_in_push: the process kills itself in this push, counted from 1, once it has joined the others' group.
+        before_plan: it does so when it has checked in, and no plan is there yet.
+        delay_s: how long it takes to begin with a push.
     """
 
-    def __init__(self, dies_in_push: int = 0) -> None:
+    def __init__(self, dies_in_push: int = 0, *, before_plan: bool = False, delay_s: float = 0.0) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self.process = context.Process(target=_receive, args=(other, dies_in_push), daemon=True)
+        self.process = context.Process(
+            target=_receive, args=(other, dies_in_push, before_plan, delay_s), daemon=True
+        )
         self.process.start()
         other.close()
         self._thread = ThreadPoolExecutor(1)
@@ -46,8 +51,9 @@ class ReceiverProcess:
         self._pipe.close()
 
 
-def _receive(pipe: Connection, dies_in_push: int) -> None:
+def _receive(pipe: Connection, dies_in_push: int, before_plan: bool, delay_s: float) -> None:
     import torch
+    import torch.distributed
 
     from fewstep.actors.weight_sync.broadcast import _Group
     from fewstep.kernels.model.checkpoint import state_checksum
@@ -58,7 +64,11 @@ def _receive(pipe: Connection, dies_in_push: int) -> None:
     while True:
         payload, version = pipe.recv()
         num_pushes += 1
-        if num_pushes == dies_in_push:
+        time.sleep(delay_s)
+        if num_pushes == dies_in_push and before_plan:
+            # The plan is the first thing that a receiver asks the store for.
+            torch.distributed.TCPStore.get = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        elif num_pushes == dies_in_push:
             _Group.broadcast = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
         try:
             with payload.open() as state:

@@ -118,8 +118,7 @@ def test_two_ranks_a_sharded_optimiser_and_checkpointed_layers_compute_what_one_
     ):
         other_losses, other_norms, other = _train(**settings)
         assert other_losses == pytest.approx(losses, rel=1e-3), settings
-        # ZeRO's own norm is after clipping to 1 and of shards padded alike, the same within a hundredth.
-        assert other_norms == pytest.approx(norms, rel=1e-2), settings
+        assert other_norms == pytest.approx(norms, rel=1e-3), settings
         for name, tensor in adapter.items():
             torch.testing.assert_close(other[name], tensor, atol=2e-3, rtol=0, msg=f"{settings} {name}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fewstep.kernels.rows import RowBatch, SampleRows, load_samples
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.pipelines.tasks.vocabulary import build_tokenizer
 from fewstep.platform.config import load_config
-from fewstep.platform.errors import ActorDied, ConfigError, ResourceError, UserError
+from fewstep.platform.errors import ActorDied, CheckpointError, ConfigError, ResourceError, UserError
 
 pytestmark = pytest.mark.ray
 
@@ -155,6 +156,37 @@ def test_a_checkpoint_restores_every_bit_and_another_number_of_ranks_can_go_on(
         torch.testing.assert_close(weights_of_one[name], tensor, atol=1e-4, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_damaged_shard_is_named_at_once_and_nothing_of_a_killed_conversion_stays(
+    num_ranks: int, tmp_path: Path
+) -> None:
+    """Read as it is, and converted for another number of ranks."""
+    folder, left_behind = tmp_path / "checkpoint", tmp_path / "checkpoint.universal"
+    settings = TrainerSettings(num_ranks=2, zero_stage=2)
+    group = TrainerGroup(CONFIG, 7, settings, OBJECTIVE, num_cpus=0.25)
+    try:
+        group.update(_samples(0), 1e-2)
+        group.save(folder)
+        left_behind.mkdir()
+        group.load(folder)
+        assert not left_behind.exists()
+        shard = min(folder.rglob("*rank_1*optim_states.pt"))
+        shard.write_bytes(shard.read_bytes()[:1000])
+        if num_ranks != 2:
+            group.close()
+            group = TrainerGroup(
+                CONFIG, 7, settings.model_copy(update={"num_ranks": num_ranks}), OBJECTIVE, num_cpus=0.25
+            )
+        started = time.monotonic()
+        with pytest.raises(CheckpointError, match="a finished checkpoint holds") as caught:
+            group.load(folder)
+        assert time.monotonic() - started < settings.deadline_s / 4
+    finally:
+        group.close()
+    assert "resume=false" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 class Watched(TrainerRank):
     """A rank that can say how many elements of weights it holds."""
 
@@ -248,12 +280,14 @@ def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once() -> None:
         TrainerGroup(CONFIG, 7, TrainerSettings(num_ranks=9), OBJECTIVE)
 
 
-@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
-def test_logprobs_are_of_the_weights_that_are_asked_for(num_ranks: int, zero_stage: int) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "zero_stage", "tied"), [(1, 0, True), (2, 0, True), (2, 3, True), (2, 3, False)]
+)
+def test_logprobs_are_of_the_weights_that_are_asked_for(num_ranks: int, zero_stage: int, tied: bool) -> None:
     """One rank or two, padded batches or not: the same numbers; the reference stays where training started."""
-    samples = _samples(3, 7)
+    samples, config = _samples(3, 7), CONFIG.model_copy(update={"tie_word_embeddings": tied})
     settings = TrainerSettings(num_ranks=num_ranks, zero_stage=zero_stage, micro_rows=256)
-    group = TrainerGroup(CONFIG, 7, settings, OBJECTIVE, num_cpus=0.25)
+    group = TrainerGroup(config, 7, settings, OBJECTIVE, num_cpus=0.25)
     try:
         first = group.logprobs(samples, "current")
         # Fewer than there are ranks, or groups that are not equally many.
@@ -263,13 +297,13 @@ def test_logprobs_are_of_the_weights_that_are_asked_for(num_ranks: int, zero_sta
         moved, reference = group.logprobs(samples, "current"), group.logprobs(samples, "reference")
     finally:
         group.close()
-    model = Transformer(CONFIG)
+    model = Transformer(config)
     model.initialise(7)
     for sample, before, after, frozen in zip(samples, first, moved, reference, strict=True):
         rows = RowTensors.of(RowBatch.collate([sample]))
         with torch.no_grad():
             expected, _ = TrainingModel(model)(
-                rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets, CONFIG.block_size
+                rows.tokens, rows.positions, rows.copies, rows.target_rows, rows.targets, config.block_size
             )
         asked = sample.targets >= 0
         np.testing.assert_allclose(before[asked], expected.numpy(), atol=1e-5)

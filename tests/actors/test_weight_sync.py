@@ -256,6 +256,35 @@ def test_a_broadcast_goes_on_without_receivers_that_die_or_hang_and_takes_new_on
             receiver.close()
 
 
+def test_who_dies_between_check_in_and_plan_holds_no_broadcast_up() -> None:
+    receivers = {
+        "mortal": ReceiverProcess(dies_in_push=1, before_plan=True), "a": ReceiverProcess(),
+        "late": ReceiverProcess(delay_s=2.0),
+    }  # fmt: skip
+    transport, state = BroadcastTransport(), some_state()
+    try:
+        started = time.monotonic()
+        receipt = transport.send(state, version_of(state), receivers, deadline_s=120.0)
+        assert time.monotonic() - started < 40  # gloo would wait for 54 s to connect to it
+        assert set(receipt.echoes) == {"a", "late"}
+        assert list(receipt.failures) == ["mortal"]
+        assert receipt.num_calls == 5  # the two that live are asked again, once
+    finally:
+        transport.close()
+        for receiver in receivers.values():
+            receiver.close()
+
+
+def test_a_late_failure_in_one_broadcast_is_none_in_the_next() -> None:
+    transport, state = BroadcastTransport(), some_state()
+    with transport.publish(state, 1, 1.0) as first:
+        pass
+    with transport.publish(state, 1, 60.0) as second:
+        transport.answered(first, failed=True)
+        assert read(second, version_of(state)).checksum == state_checksum(state)
+    transport.close()
+
+
 def test_whoever_comes_late_to_a_broadcast_reads_no_other_bytes() -> None:
     transport, state = BroadcastTransport(), some_state()
     with transport.publish(state, 0, 5.0) as payload:

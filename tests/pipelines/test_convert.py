@@ -113,6 +113,17 @@ def test_a_model_that_denoises_already_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_on_modules_that_are_not_there_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    source = write_small(tmp_path / "source", CONFIGS["llama"])
+    trainer = {"lora": {"target_modules": ["query_projection"]}}
+    config = ConvertConfig(source=str(source), out=tmp_path / "out", data="corpus", trainer=trainer)
+    with pytest.raises(ConfigError, match="query_projection"):
+        run(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_warm_up_over_block_sizes_ends_at_the_models() -> None:
     phases = ConvertConfig(source="x", block_size=12, block_warmup_share=0.4).phases()
     assert [phase.block_size for phase in phases] == [1, 2, 4, 8, 12]

@@ -95,11 +95,14 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
         run(config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_ranks": 2})}))
         said = capsys.readouterr().out
         by_two, _ = load_model(config.out / "model")
+        rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+        # Who starts over and ends before a checkpoint of this run's is due leaves none of another's.
+        run(config.model_copy(update={"batch_size": 5, "steps": 2, "resume": False}))
+    assert not (config.out / "checkpoint").exists()
     assert "checkpoint of 1 trainer ranks, converted for 2\nresumed at step 3\n" in said
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
         torch.testing.assert_close(by_two.state_dict()[name], tensor, atol=1e-4, rtol=0, msg=name)
-    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     # The last step is an edited one; its levels are what the whole is made of.
     levels = {name: rows[-1][f"nll_{name}"] for name in LEVELS if f"nll_{name}" in rows[-1]}

@@ -31,8 +31,8 @@ from fewstep.platform.errors import ConfigError
 from fewstep.platform.records import WeightVersion
 
 
-def _opened(tmp_path: Path, **settings: object) -> tuple[Retention, Engine]:
-    config = small_config(tmp_path / "out", "", retain=settings)
+def _opened(tmp_path: Path, max_tokens: int = 80, **settings: object) -> tuple[Retention, Engine]:
+    config = small_config(tmp_path / "out", "", retain=settings, max_tokens=max_tokens)
     model, tokenizer = load_model(embedded_model())
     engine = Engine(model, tokenizer, max_sequences=16, weight_version=WeightVersion("test", 0, ""))
     chat = ChatTemplate(embedded_model())
@@ -126,6 +126,21 @@ def test_texts_come_from_files_without_what_the_run_is_measured_by(tmp_path: Pat
         _opened(tmp_path, sources=[str(file)])
 
 
+def test_a_document_with_the_mask_token_is_left_out(tmp_path: Path) -> None:
+    """The model's likelihood of its mask token is 0, and its logarithm would spoil the update."""
+    rows = [
+        {"q": "def f(x)", "a": "\n    return x"},
+        {"q": "def g(x)", "a": "\n    return <|mask|>"},
+        {"q": "def <|mask|>(x)", "a": "\n    return x"},
+    ]
+    file = _lines(tmp_path / "own.jsonl", rows)
+    retention, _ = _opened(tmp_path, sources=[str(file)], prompt_column="q", text_column="a")
+    assert len(retention.documents) == 1
+    assert [(one.task_id.rpartition(": ")[2], one.reason) for one in retention.excluded] == [
+        ("row 2", "holds the mask token"), ("row 3", "holds the mask token")
+    ]  # fmt: skip
+
+
 def test_prompts_alone_are_answered_by_the_unrefined_model_once(tmp_path: Path) -> None:
     retention, engine = _opened(tmp_path, noise=0.3, num_documents=6)
     config = small_config(tmp_path / "out", "", retain={"noise": 0.3, "num_documents": 6})
@@ -168,6 +183,43 @@ def test_a_text_that_was_cut_is_not_taught_an_end() -> None:
     assert cut.tokens.tolist() == [5] * 10 + [6] * (size - 10)
 
 
+def test_an_own_answer_that_was_cut_before_a_block_ended_is_not_retained(tmp_path: Path) -> None:
+    """It would have to be filled up with an end that the model did not write."""
+    retention, _ = _opened(tmp_path, max_tokens=5, noise=0.3, num_documents=24)
+    assert 0 < len(retention.documents) < 24
+    for one in retention.documents:
+        sample, written = as_sample(one, retention.model), [*one.prompt_ids, *one.text_ids]
+        assert len(sample.tokens) % retention.model.block_size == 0
+        assert one.ended or sample.tokens.tolist() == written[: len(sample.tokens)]
+        assert len(sample.tokens) > sample.num_prompt
+
+
+def test_a_run_goes_on_only_with_the_answers_it_was_trained_on(tmp_path: Path) -> None:
+    settings = {"noise": 0.3, "num_documents": 6}
+    retention, engine = _opened(tmp_path, **settings)
+    config, tokenizer = small_config(tmp_path / "out", "", retain=settings), load_model(embedded_model())[1]
+
+    def again() -> Retention:
+        return retention.answered(config, tokenizer, engine.generate, "weights", retention.answers)
+
+    file = tmp_path / "out" / ANSWERED
+    kept = file.read_text()
+    assert again().documents == retention.documents
+    file.unlink()
+    assert again().documents == retention.documents  # asked anew, and the same
+    assert file.read_text() == kept
+    first, second, *others = kept.splitlines()
+    changed = "\n".join([first, json.dumps(json.loads(second) | {"text_ids": [5]}), *others]) + "\n"
+    file.write_text(changed)
+    with pytest.raises(ConfigError, match=r"other answers in .* than the checkpoint was trained on"):
+        again()
+    assert file.read_text() == changed
+    file.unlink()
+    with pytest.raises(ConfigError, match="is gone, and others than"):
+        retention.answered(config, tokenizer, engine.generate, "weights", "of another model")
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -182,12 +234,6 @@ def test_a_text_that_was_cut_is_not_taught_an_end() -> None:
 def test_a_key_that_would_do_nothing_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Retain.model_validate(settings)
-
-
-def test_every_rank_needs_a_document(tmp_path: Path) -> None:
-    few = {"sources": ["family"], "documents_per_update": 1}
-    with pytest.raises(ValidationError, match="documents_per_update"):
-        small_config(tmp_path, "", retain=few, trainer={"num_ranks": 2})
 
 
 def test_retention_holds_a_model_that_learns_something_else(tmp_path: Path) -> None:

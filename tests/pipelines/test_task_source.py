@@ -215,6 +215,10 @@ def test_too_few_tasks_are_refused(
         ({"tasks": "humaneval", "held_out": "mbpp:x", "held_out_share": 0.2}, "does nothing with held_out"),
         ({"held_out_checks": {"gates_curriculum": True}}, "needs held_out_checks.every"),
         ({"rollouts_only": True, "replay": "x"}, "exclude each other"),
+        (
+            {"rollouts_only": True, "retain": {"sources": ["family"]}},
+            "retain does nothing with rollouts_only",
+        ),
         ({"max_staleness": 1, "in_process": True, "trainer": {"num_ranks": 1}}, "max_staleness does nothing"),
         ({"in_process": True}, "one trainer rank"),
     ],
