@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.actors.training_samples import every_second_masked
 
 from fewstep.actors.trainer import TrainerGroup
 from fewstep.actors.trainer_settings import TrainerSettings
@@ -36,17 +37,8 @@ def ray() -> Iterator[None]:
 
 def _samples(seed: int, count: int = 8) -> list[SampleRows]:
     draws = np.random.Generator(np.random.Philox(seed))
-    samples = []
-    for _ in range(count):
-        tokens = draws.integers(4, 60, 32)
-        masked = np.arange(32) % 2 == 0
-        rows = SampleRows.clean(tokens)
-        rows.add_state(
-            np.where(masked, CONFIG.mask_token_id, tokens), np.arange(32),
-            np.where(masked, tokens, -1), np.where(masked, 1.0 / 128, 0.0),
-        )  # fmt: skip
-        samples.append(rows)
-    return samples
+    texts = [draws.integers(4, 60, 32) for _ in range(count)]
+    return [every_second_masked(text, CONFIG.mask_token_id, 1.0 / 128) for text in texts]
 
 
 def _group(**settings: Any) -> TrainerGroup:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.actors.training_samples import every_second_masked
 
 from fewstep.actors.trainer import TrainerGroup
 from fewstep.actors.trainer_rank import TrainerRank, _micro_batches
@@ -43,17 +44,8 @@ def ray() -> Iterator[None]:
 
 def _samples(seed: int, count: int = 8) -> list[SampleRows]:
     draws = np.random.Generator(np.random.Philox(seed))
-    samples = []
-    for _ in range(count):
-        length = 4 * int(draws.integers(2, 5))
-        tokens = draws.integers(3, 40, length)
-        rows = SampleRows.clean(tokens)
-        rows.add_state(
-            np.where(np.arange(length) % 2 == 0, 2, tokens), np.arange(length),
-            np.where(np.arange(length) % 2 == 0, tokens, -1), np.where(np.arange(length) % 2 == 0, 1.0 / 64, 0.0),
-        )  # fmt: skip
-        samples.append(rows)
-    return samples
+    texts = [draws.integers(3, 40, 4 * int(draws.integers(2, 5))) for _ in range(count)]
+    return [every_second_masked(text, CONFIG.mask_token_id, 1.0 / 64) for text in texts]
 
 
 def _poisoned(seed: int) -> list[SampleRows]:
