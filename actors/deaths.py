@@ -32,10 +32,19 @@ def first_death(calls: Mapping[str, Any]) -> tuple[str, str] | None:
     """
     ray: Any = importlib.import_module("ray")  # late: only a job that has a session imports it
     ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=_PATIENCE_S)
-    for name, reference in calls.items():
-        if reference in ready:
-            try:
-                ray.get(reference)
-            except ray.exceptions.RayActorError as error:
-                return name, cause_of_death(error)
+    for name, error in failures({name: call for name, call in calls.items() if call in ready}):
+        if isinstance(error, ray.exceptions.RayActorError):
+            return name, cause_of_death(error)
     return None
+
+
+def failures(ready: Mapping[str, Any]) -> list[tuple[str, Exception]]:
+    """Of calls that have ended, by name, those that failed: first those whose process is gone, which others' may follow from."""
+    ray: Any = importlib.import_module("ray")
+    found = []
+    for name, reference in ready.items():
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayError as error:
+            found.append((name, error))
+    return sorted(found, key=lambda failure: not isinstance(failure[1], ray.exceptions.RayActorError))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-from fewstep.actors.deaths import cause_of_death
+from fewstep.actors.deaths import cause_of_death, failures
 from fewstep.actors.engine.rendezvous import MeetingPoint, Rendezvous
 from fewstep.platform.errors import ActorDied
 
@@ -103,19 +103,11 @@ class RankGroup:
             ActorDied: names one that does not, and why.
         """
         references = list(self._names)
-        deaths = []
-        # All that are ready: when one rank dies the others fail as well, on a connection that is gone.
-        for reference in self._ray.wait(references, num_returns=len(references), timeout=0)[0]:
-            try:
-                self._ray.get(reference)
-            except self._ray.exceptions.RayError as error:
-                deaths.append((self._names[reference], error))
-            else:
-                raise ActorDied(self._names[reference], "it left")
-        if deaths:
-            died = self._ray.exceptions.RayActorError
-            name, cause = next((death for death in deaths if isinstance(death[1], died)), deaths[0])
+        ended, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+        for name, cause in failures({self._names[reference]: reference for reference in ended}):
             raise ActorDied(name, cause_of_death(cause)) from cause
+        for reference in ended:
+            raise ActorDied(self._names[reference], "it left")
 
     def _address_for_all(self) -> str:
         here = self._ray.get_runtime_context().get_node_id()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from fewstep.actors import zero
+from fewstep.actors.listening_store import listening_store
 from fewstep.actors.trainer_settings import TrainerSettings
 from fewstep.kernels.model.checkpoint import load_model
 from fewstep.kernels.model.config import ModelConfig
@@ -276,12 +276,7 @@ class TrainerRank:
 
     def endpoint(self) -> tuple[str, int]:
         """Where this process, to be rank 0, listens for the others; a loopback address."""
-        # Kept open from here on: a free port that is only named can be another's when the ranks have started.
-        listener = socket.create_server((_HOST, 0))
-        port = int(listener.getsockname()[1])
-        self._store = TCPStore(
-            _HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        self._store, port = listening_store(_HOST)
         return _HOST, port
 
     def matmul_rate(self) -> float:

@@ -36,8 +36,9 @@ _GATHER_BYTES = 64 * 2**20
 
 def deepspeed_config(settings: TrainerSettings, config: ModelConfig) -> dict[str, Any]:
     """DeepSpeed's configuration of a trainer."""
-    shapes = own_shapes(config)
     sharding: dict[str, Any] = {"stage": settings.zero_stage}
+    # Known by laying the model out without memory, which costs a moment for each layer.
+    shapes = own_shapes(config) if settings.zero_stage >= 2 else {}
     if settings.zero_stage >= 2:
         # The buffer is allocated whole: DeepSpeed's default of 5e8 elements would be 2 GB for any model.
         sharding["reduce_bucket_size"] = min(_REDUCE_ELEMENTS, sum(map(math.prod, shapes.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from fewstep.actors.serving.tracing import require_tracing
 from fewstep.cluster.admission import check_access, drain, ending
 from fewstep.cluster.served_models import AdaptedModel, check_model, check_sharding, model_sources
 from fewstep.kernels.model.config import ComputeDtype
+from fewstep.platform.artifacts import weights_digest
 from fewstep.platform.config import Config
 from fewstep.platform.errors import ActorDied, ResourceError
 from fewstep.platform.ports import free_port
@@ -204,9 +206,10 @@ def checked_sources(config: ServeConfig, host: str) -> tuple[ModelSource, ...]:
     if config.trace_endpoint:
         require_tracing()
     sources = model_sources(config.model, config.name, config.tracking_uri)
+    digest = functools.cache(weights_digest)  # a model under several adapters is read once
     for source in sources:
-        check_model(source)
         check_sharding(source, config.tensor_parallel)
+        check_model(source, digest)
     return sources
 
 

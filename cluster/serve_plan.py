@@ -99,9 +99,10 @@ def _model(config: ServeConfig, source: ModelSource) -> tuple[list[tuple[str, st
     torch_dtype = getattr(torch, dtype)
     pages = num_pages_for(model, torch_dtype, torch.device("cpu"), config.max_sequences, config.cache_bytes)
     weights, cache = report.weight_bytes.get(dtype, report.file_bytes), pages * page_bytes(model, torch_dtype)
-    itemsize = weights // report.parameters
-    first, other = (rank_parameters(model, config.tensor_parallel, rank) * itemsize for rank in (0, 1))
-    weights = first + (config.tensor_parallel - 1) * other
+    if config.tensor_parallel > 1:
+        itemsize = weights // report.parameters
+        first, other = (rank_parameters(model, config.tensor_parallel, rank) * itemsize for rank in (0, 1))
+        weights = first + (config.tensor_parallel - 1) * other
     lines = [
         ("model", f"{source.name}, {folder}: {report.family}, {report.parameters:,} parameters, {dtype}"),
         ("memory", f"a replica: {byte_text(weights)} of weights, {byte_text(cache)} for {pages:,} pages of keys and values"),

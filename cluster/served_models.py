@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,9 +64,11 @@ def model_sources(models: Entry | Sequence[Entry], name: str, tracking_uri: str)
     return sources
 
 
-def check_model(source: ModelSource) -> None:
+def check_model(source: ModelSource, digest: Callable[[Path], str]) -> None:
     """Everything a replica would stumble over: files, tokenizer, weights, chat template, adapter.
 
+    Args:
+        digest: as `adapter_folder.check_base` takes it.
     Raises:
         CheckpointError: what is wrong with the folder, or with the adapter on it.
     """
@@ -82,7 +84,7 @@ def check_model(source: ModelSource) -> None:
     check_weights(folder, config)
     ChatTemplate(folder)
     if source.adapter:
-        check_base(check_adapter(Path(source.adapter), config), folder)
+        check_base(check_adapter(Path(source.adapter), config), folder, digest)
 
 
 def check_sharding(source: ModelSource, num_ranks: int) -> None:

@@ -59,10 +59,9 @@ class AdapterKeeper:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """A copy of an adapter folder, whole or not at all, if there is one."""
-    if source.is_dir():
-        with atomic_folder(target) as temporary:
-            shutil.copytree(source, temporary, dirs_exist_ok=True)
+    """A copy of an adapter folder, whole or not at all."""
+    with atomic_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
 def adapter_tags(settings: LoraSettings | None) -> Mapping[str, str]:

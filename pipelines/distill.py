@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from fewstep.pipelines.distill_settings import DistillConfig
 from fewstep.pipelines.free_orders import FreeOrders
 from fewstep.pipelines.order_pool import Order, draw_orders, fill_pool, read_pool
 from fewstep.pipelines.pretrain_start import Start, check_data, given_model, job_fingerprint, open_corpus
-from fewstep.pipelines.progress import read_progress, told_how_to_resume, write_progress
+from fewstep.pipelines.progress import kept_rows, read_progress, told_how_to_resume, write_progress
 from fewstep.pipelines.schedule import rate_share
 from fewstep.pipelines.tasks.family import Specification, draw_specification, render_body
 from fewstep.pipelines.tasks.vocabulary import encode_pair
@@ -84,10 +83,9 @@ def run(config: DistillConfig) -> None:
         resumed=saved is not None, required=config.require_tracking,
         tags={"machine.accelerator": accelerator(), "model.family": teacher.model.family, "model.source": teacher.start.address, "model.source_digest": teacher.start.digest, **adapter_tags(config.trainer.lora)},
     )  # fmt: skip
-    with tracked_run(plan) as tracker:
-        if saved is None:
-            # One of an older run in this folder: it is not what this run goes on from, should it be interrupted.
-            shutil.rmtree(config.out / "checkpoint", ignore_errors=True)
+    checkpoint = config.out / "checkpoint"
+    way_back = told_how_to_resume(checkpoint, config.steps, resume=config.resume, fresh=saved is None)
+    with tracked_run(plan) as tracker, way_back:
         _fill(config, teacher)
         orders = read_pool(config.out / "pool")
         _log_data(tracker, config, teacher, orders)
@@ -95,12 +93,11 @@ def run(config: DistillConfig) -> None:
             teacher.model, teacher.folder, config.trainer, OBJECTIVE, {"certainty": config.certainty},
             replay=config.out / "diverged-batch.npz",
         )  # fmt: skip
-        way_back = told_how_to_resume(config.out / "checkpoint", config.steps, resume=config.resume)
-        with way_back, closing(trainer):
+        with closing(trainer):
             first = 0
             if saved is not None:
                 first = int(saved["step"])
-                trainer.load((config.out / "checkpoint").resolve())
+                trainer.load(checkpoint.resolve())
                 print(f"resumed at step {first}", flush=True)
             _train(config, teacher, orders, trainer, tracker, first)
             save_model(
@@ -233,8 +230,7 @@ def _train(
 ) -> None:  # fmt: skip
     vocabulary = ordinary_ids(teacher.tokenizer, teacher.model)
     path = config.out / "metrics.jsonl"
-    kept = path.read_text().splitlines() if first and path.is_file() else []
-    path.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= first))
+    kept_rows(path, first)
     for step in range(first, config.steps):
         done = step / config.steps
         rate = rate_share(step, done, warmup_steps=config.warmup_steps, decay_share=config.decay_share)

@@ -6,7 +6,6 @@ run that resumes at a checkpoint ends where an uninterrupted one does.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -62,10 +61,9 @@ def run(config: PretrainConfig, tags: Mapping[str, str] | None = None) -> None:
               "model.source_digest": start.digest, **adapter_tags(config.trainer.lora), **(tags or {})},
     )  # fmt: skip
     with tracked_run(plan) as tracker:
-        if saved is None:
-            # One of an older run in this folder: it is not what this run goes on from, should it be interrupted.
-            shutil.rmtree(config.out / "checkpoint", ignore_errors=True)
-        way_back = told_how_to_resume(config.out / "checkpoint", config.steps, resume=config.resume)
+        way_back = told_how_to_resume(
+            config.out / "checkpoint", config.steps, resume=config.resume, fresh=saved is None
+        )
         with way_back, closing(_trainer(config, start)) as trainer:
             first = 0
             if saved is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from typing import Any
 
 from fewstep.actors.trainer_rank import Metrics
 from fewstep.pipelines.curriculum import Plan
 from fewstep.pipelines.objectives.denoise import LEVELS
+from fewstep.pipelines.progress import kept_rows
 from fewstep.pipelines.settings import PretrainConfig
 from fewstep.platform.errors import UserError
 from fewstep.platform.tracking import Tracker
@@ -37,11 +37,8 @@ class PretrainLog:
         self._every = min(REPORT_EVERY, max(1, config.steps // MIN_REPORTS))
         self._start = self._since = time.monotonic()
         self._path = config.out / "metrics.jsonl"
-        kept = self._path.read_text().splitlines() if first and self._path.is_file() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= first]
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in kept]
-        self._before_s = self.rows[-1]["seconds"] if kept else 0.0
-        self._path.write_text("".join(line + "\n" for line in kept))
+        self.rows = kept_rows(self._path, first)
+        self._before_s = self.rows[-1]["seconds"] if self.rows else 0.0
         self._sums, self._num_skipped = Counter[str](), 0
         self._last: Metrics = {}
 

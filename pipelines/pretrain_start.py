@@ -168,11 +168,11 @@ def _fresh_on(config: PretrainConfig, corpus: Corpus) -> Start:
 def _tokenizers(folder: Path) -> set[str]:
     """Digests of the tokenizers that give the model's tokens: its own and, of a converted model, the source's, to which
     nothing but the mask was added."""
-    digests = {file_digest(folder / TOKENIZER)}
     record = folder / CONVERSION
-    if record.is_file():
-        digests.add(json.loads(record.read_text(encoding="utf-8"))["source_tokenizer"])
-    return digests
+    converted = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    # A record of an earlier version does not say the source's.
+    known = {"source_tokenizer"} & converted.keys()
+    return {file_digest(folder / TOKENIZER), *(converted[key] for key in known)}
 
 
 def check_data(start: Start, corpus: Corpus | None, block_sizes: Sequence[int], key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,15 +53,30 @@ def read_progress(checkpoint: Path, fingerprint: str, *, resume: bool) -> dict[s
     return values
 
 
+def kept_rows(path: Path, first: int) -> list[dict[str, Any]]:
+    """A run's reports, one JSON object a line, up to the step it goes on from; later ones are an attempt's that did not end.
+
+    The file is left with these alone, empty where the run starts over.
+    """
+    lines = path.read_text().splitlines() if first and path.is_file() else []
+    rows = [(line, json.loads(line)) for line in lines]
+    kept = [(line, row) for line, row in rows if row["step"] <= first]
+    path.write_text("".join(line + "\n" for line, _ in kept))
+    return [row for _, row in kept]
+
+
 @contextmanager
-def told_how_to_resume(checkpoint: Path, num_steps: int, *, resume: bool) -> Iterator[None]:
+def told_how_to_resume(checkpoint: Path, num_steps: int, *, resume: bool, fresh: bool) -> Iterator[None]:
     """An ActorDied that ends the block says from which step the job can go on, and how.
 
     Args:
         checkpoint: the run's checkpoint folder.
         num_steps: of the whole job.
         resume: the job's own setting.
+        fresh: the job goes on from nothing, so that a checkpoint here is an older run's and is removed.
     """
+    if fresh:
+        shutil.rmtree(checkpoint, ignore_errors=True)
     try:
         yield
     except ActorDied as error:

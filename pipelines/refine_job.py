@@ -81,7 +81,9 @@ def run(config: RefineConfig, tags: Mapping[str, str] | None = None) -> RefineRe
         checkpoint = config.out / "checkpoint"
         saved = read_progress(checkpoint, job.fingerprint, resume=config.resume)
         tracker = job.open_tracker(resumed=saved is not None, tags=dict(tags or {}))
-        stack.enter_context(told_how_to_resume(checkpoint, config.steps, resume=config.resume))
+        stack.enter_context(
+            told_how_to_resume(checkpoint, config.steps, resume=config.resume, fresh=saved is None)
+        )
         engines = stack.enter_context(open_engines(config, job.folder, tracker, job.placement))
         trainer = stack.enter_context(open_trainer(config, job.model, job.folder, job.placement))
         # The replicas hold the starting weights here; a resumed run's are the checkpoint's.
@@ -287,8 +289,8 @@ def _starting_point(
 ) -> Progress:
     """Step 0, or the checkpoint's step with its weights loaded and its curve told to the new tracker run."""
     if saved is None:
-        # Rollouts and checkpoints of an older run in this folder are that run's.
-        for stale in ("checkpoint", "rollouts", "models", BEST):
+        # What an older run left in this folder is that run's.
+        for stale in ("rollouts", "models", BEST):
             shutil.rmtree(config.out / stale, ignore_errors=True)
         return Progress(threshold=config.curriculum.start)
     trainer.load((config.out / "checkpoint").resolve())
@@ -335,7 +337,8 @@ def _publish(config: RefineConfig, job: _Job, workers: Workers, progress: Progre
     if 0 <= best < step:
         folder = best_folder(config.out / BEST, best)
         state, step = load_state(folder, job.model), best
-        copy_adapter(folder / ADAPTER, config.out / ADAPTER)
+        if config.trainer.lora is not None:
+            copy_adapter(folder / ADAPTER, config.out / ADAPTER)
         print(f"the weights of step {best} looked best on held-out tasks and are kept", flush=True)
     workers.push(state, WeightVersion(run_id, step, ""))
     save_model(config.out / "model", state, job.model, job.tokenizer, job.origin)

@@ -18,6 +18,7 @@ from fewstep.actors.serving.chat import ChatTemplate
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.rows import SampleRows
 from fewstep.pipelines.corruption import Sample, mask_states
+from fewstep.pipelines.curriculum import normalised
 from fewstep.pipelines.frontier import Generate
 from fewstep.pipelines.objectives.retaining import RETAINED
 from fewstep.pipelines.retain_settings import FAMILY, Retain
@@ -129,10 +130,8 @@ class Retention:
         draws = generator("retain", seed, step, part)
         count = min(self.settings.documents_per_update, len(self.documents))
         chosen = draws.choice(len(self.documents), count, replace=False)
-        shown = [self._shown(self.documents[index], draws) for index in chosen.tolist()]
-        total = sum(int((rows.targets >= 0).sum()) for rows in shown)
+        shown = normalised([self._shown(self.documents[index], draws) for index in chosen.tolist()])
         for rows in shown:
-            rows.weights /= total
             rows.extras[RETAINED] = (rows.targets >= 0).astype(np.float32)
         return shown
 

@@ -79,7 +79,8 @@ class CurriculumConfig(Config):
     """An edited state per sample is added for this last share of the steps."""
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = True
-    """Go on from the newest checkpoint in `out`; the configuration must be the same but for trainer.num_ranks."""
+    """Go on from the newest checkpoint in `out`; the configuration must be the same but for trainer.num_ranks and where the
+    run is recorded."""
     tracking_uri: str | None = None
     """MLflow store; None = MLFLOW_TRACKING_URI, else runs/mlflow.db."""
     require_tracking: bool = True
@@ -293,7 +294,8 @@ class RefineConfig(Config):
     traces_per_step: float = Field(default=0.25, ge=0.0)
     """Rollouts of a step, drawn at random, that are traced stage by stage: 0.25 = one in every fourth step; 0 = none."""
     resume: bool = True
-    """Go on from the checkpoint in `out`; the configuration must be the same but for trainer.num_ranks."""
+    """Go on from the checkpoint in `out`; the configuration must be the same but for trainer.num_ranks, layout,
+    weight_transport and where the run is recorded."""
     tracking_uri: str | None = None
     """MLflow store; None = MLFLOW_TRACKING_URI, else runs/mlflow.db."""
     require_tracking: bool = True

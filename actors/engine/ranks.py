@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from fewstep.actors.engine.rendezvous import Rendezvous
 from fewstep.platform.errors import ActorDied
+from fewstep.platform.ports import address_towards
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Ranks:
 
     def __init__(self, place: Rendezvous, rank: int, listener: int | None = None) -> None:
         self.rank, self.num_ranks = rank, place.num_ranks
-        self.address = _address_towards(place.address, place.port)
+        self.address = address_towards(place.address, place.port)
         self._deadline = timedelta(seconds=place.deadline_s)
         self._death: ActorDied | None = None
         self._turn = threading.RLock()
@@ -224,14 +224,6 @@ class Ranks:
         cause = "; ".join(causes[rank] for rank in gone if rank in causes) or reason
         self._death = ActorDied(f"{who} of {self.num_ranks}", cause)
         return self._death
-
-
-def _address_towards(address: str, port: int) -> str:
-    """This host's own address on the way to another."""
-    info = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(info[0], socket.SOCK_DGRAM) as probe:
-        probe.connect(info[4])  # a datagram socket sends nothing here; it only learns the route
-        return str(probe.getsockname()[0])
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.sharded import FollowingShard, LeadingShard
 from fewstep.kernels.model.sharding import Shard, require_shardable
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
-from fewstep.kernels.model.transformer import Attention, rotary_rows, run_layers
+from fewstep.kernels.model.transformer import Attention
 from fewstep.platform.errors import ActorDied, CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -81,9 +81,11 @@ class ShardedTransformer(LeadingShard):
         attention.store.on_wipe = self._wipe
         with self.ranks.turn():
             self.ranks.order(self._step(positions, attention, rows))
-            x = self.ranks.share_rows(self.embed(tokens))
-            cos, sin = rotary_rows(self.rope_cos, self.rope_sin, positions)
-            return self.norm(run_layers(self.layers, x, cos, sin, attention, rows))  # type: ignore[no-any-return]
+            return super().forward(tokens, positions, attention, rows)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As `Transformer.embed`; the other ranks, who have no embedding, are given the rows."""
+        return self.ranks.share_rows(super().embed(tokens))
 
     def take_weights(self, state: Mapping[str, torch.Tensor]) -> None:
         """Every rank takes its part of staged weights, between two forwards.

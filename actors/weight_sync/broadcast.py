@@ -11,7 +11,7 @@ were broken off say so (`Interrupted`), and `WeightTransport.send` asks them aga
 from __future__ import annotations
 
 import json
-import socket
+import logging
 import threading
 import time
 import uuid
@@ -24,9 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fewstep.actors.listening_store import listening_store
 from fewstep.actors.weight_sync.base import Interrupted, Payload, WeightTransport
 from fewstep.actors.weight_sync.layout import Layout, buckets
 from fewstep.platform.ports import address_towards
+
+_logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 32 * 2**20
 
@@ -197,12 +200,7 @@ class BroadcastTransport(WeightTransport):
         super().__init__()
         self._host, self._bucket_bytes = host, bucket_bytes
         self._id, self._pushes, self._generations = uuid.uuid4().hex, 0, 0
-        listener = socket.create_server((host, 0))
-        self._port = int(listener.getsockname()[1])
-        # Given a socket of ours, because the store's own would listen on all addresses.
-        self._store = _c10d.TCPStore(
-            host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        self._store, self._port = listening_store(host)
         self._group: _Group | None = None
         self._buffers: list[torch.Tensor] = []
         self._planned, self._stop, self._lock = False, threading.Event(), threading.Lock()
@@ -259,12 +257,14 @@ class BroadcastTransport(WeightTransport):
     def _serve(
         self, payload: BroadcastPayload, parts: list[dict[str, torch.Tensor]], num_receivers: int
     ) -> None:
-        """The sender's side of a push; what goes wrong here, the receivers see as well and answer."""
+        """The sender's side of a push; what goes wrong here, the receivers see as well and answer, without its cause."""
         try:
             members = self._checked_in(payload, num_receivers)
             if len(members) > 1:
                 self._send_parts(self._joined(payload, members), payload, parts)
-        except RuntimeError:
+        except RuntimeError as error:
+            if not self._stop.is_set():
+                _logger.warning("push %d: the sender's side ended: %s", payload.push, error)
             self._leave()
             self._buffers = []  # the group may still be reading them
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -173,15 +173,15 @@ def check_adapter(folder: Path, config: ModelConfig) -> AdapterHeader:
     return header
 
 
-def check_base(header: AdapterHeader, base: Path) -> None:
+def check_base(header: AdapterHeader, base: Path, digest: Callable[[Path], str] = weights_digest) -> None:
     """Whether a model's weights are those that the adapter was trained on; nothing is known of an adapter without a digest.
 
-    Reads the model's files once.
-
+    Args:
+        digest: of a model's files, which it reads whole; whoever has several adapters on a model keeps it.
     Raises:
         CheckpointError: they are others.
     """
-    if header.base_digest and (found := weights_digest(base)) != header.base_digest:
+    if header.base_digest and (found := digest(base)) != header.base_digest:
         raise CheckpointError(
             f"adapter {header.folder}", f"weights of digest {found[:16]} below it, in {base}",
             f"those that it was trained on, {header.base_digest[:16]}", f"put it on {header.base or 'that model'}",

@@ -17,7 +17,15 @@ from tokenizers import Tokenizer
 from fewstep.kernels.model.config import ModelConfig
 from fewstep.kernels.model.families import Piece, family_of
 from fewstep.kernels.model.families.names import ROUTER_BIAS
-from fewstep.kernels.model.sharding import WHOLE, Shard, held_by, is_summand_bias, part_of, require_shardable
+from fewstep.kernels.model.sharding import (
+    WHOLE,
+    Shard,
+    held_by,
+    is_summand_bias,
+    part_of,
+    part_shape,
+    require_shardable,
+)
 from fewstep.kernels.model.shards import INDEX_FILE, ShardedTensors, write_shards
 from fewstep.kernels.model.tokenizer_file import load_tokenizer
 from fewstep.kernels.model.transformer import Transformer
@@ -176,10 +184,7 @@ def rank_parameters(config: ModelConfig, num_ranks: int, rank: int) -> int:
     require_shardable(config, num_ranks)
     shard = Shard(rank, num_ranks)
     return sum(
-        prod(
-            len(range(*part.indices(size)))
-            for part, size in zip(part_of(name, shape, shard), shape, strict=True)
-        )
+        prod(part_shape(name, shape, shard))
         for name, shape in own_shapes(config).items()
         if held_by(name, shard)
     )
@@ -258,8 +263,9 @@ def _place(
             )
     else:
         if target is None:
-            sizes = [len(range(*own.indices(size))) for own, size in zip(part, shape, strict=True)]
-            target = state[piece.target] = tensor.new_empty(sizes, dtype=dtype)
+            target = state[piece.target] = tensor.new_empty(
+                part_shape(piece.target, shape, shard), dtype=dtype
+            )
         if piece.index is not None:
             target, part, shape = target[piece.index], part[1:], shape[1:]
         first = piece.first_row or 0

@@ -121,14 +121,15 @@ class LowRank:
     """
 
     def __init__(self, lora: Lora, module: str, number: int, rows: slice | None) -> None:
-        self._settings, self._number, self._rows, self._key = lora.settings, number, rows, lora.key
-        self._down, self._up, self._lora = lora.down[_key(module)], lora.up[_key(module)], [lora]
+        self._lora, self._key, self._number, self._rows = lora, _key(module), number, rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._settings.dropout and self._lora[0].training:
-            x = dropped(x, self._settings.dropout, self._key, self._number)
-        up = self._up if self._rows is None else self._up[self._rows]
-        return F.linear(F.linear(x, self._down) * self._settings.scale, up)
+        lora = self._lora
+        if lora.settings.dropout and lora.training:
+            x = dropped(x, lora.settings.dropout, lora.key, self._number)
+        up = lora.up[self._key]
+        own = up if self._rows is None else up[self._rows]
+        return F.linear(F.linear(x, lora.down[self._key]) * lora.settings.scale, own)
 
 
 def dropped(x: torch.Tensor, share: float, key: torch.Tensor, number: int) -> torch.Tensor:

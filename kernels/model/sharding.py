@@ -103,6 +103,12 @@ def part_of(name: str, shape: tuple[int, ...], shard: Shard) -> tuple[slice, ...
     return tuple(own if index == axis else slice(None) for index in range(len(shape)))
 
 
+def part_shape(name: str, shape: tuple[int, ...], shard: Shard) -> tuple[int, ...]:
+    """Of `part_of`."""
+    part = part_of(name, shape, shard)
+    return tuple(len(range(*own.indices(size))) for own, size in zip(part, shape, strict=True))
+
+
 def _split_sizes(config: ModelConfig) -> dict[str, int]:
     sizes = {"num_key_value_heads": config.num_key_value_heads}  # which divides the number of heads
     if config.moe is not None:

@@ -204,3 +204,11 @@ def _wire(hosts: Hosts, switch: str) -> None:
         run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth")
         for device in ("lo", "eth"):
             run("ip", "-n", name, "link", "set", device, "up")
+
+
+def command_of(pid: int) -> str:
+    """A process's command line; empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cluster.hosts import PORT, ROOT, Hosts, open_hosts
+from tests.cluster.hosts import PORT, ROOT, Hosts, command_of, open_hosts
 from tests.cluster.redis_server import redis_server
 
 from fewstep.cluster.session import process_start
@@ -130,13 +130,6 @@ def test_a_service_over_hosts_answers_on_when_one_of_them_dies(hosts: Hosts) -> 
             server.send_signal(signal.SIGINT)
             server.stdout.read()
             server.wait(300)
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 def test_a_head_that_restarts_finds_its_actors_again_in_redis(tmp_path: Path) -> None:

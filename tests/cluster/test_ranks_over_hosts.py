@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
-from tests.cluster.hosts import PORT, Hosts, open_hosts
+from tests.cluster.hosts import PORT, Hosts, command_of, open_hosts
 
 pytestmark = [
     pytest.mark.ray,
@@ -58,15 +57,7 @@ def ask(hosts: Hosts) -> str:
 
 
 def on_host(hosts: Hosts, host: int, title: str) -> list[int]:
-    found = []
-    for pid in hosts.pids(host):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if command.startswith(title):
-            found.append(pid)
-    return found
+    return [pid for pid in hosts.pids(host) if command_of(pid).startswith(title)]
 
 
 def test_a_replica_over_two_hosts_answers_and_a_cut_cable_is_an_error() -> None:

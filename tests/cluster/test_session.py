@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.waiting import eventually
 
 from fewstep.cluster import session as session_module
 from fewstep.cluster.session import WORKER_ENV, free_resources, ray_session, require_resources
@@ -135,11 +136,7 @@ def test_nothing_outlives_a_signalled_driver(number: signal.Signals, code: int) 
         assert len(started) >= 5
         driver.send_signal(number)
         assert driver.wait(30) == code
-    deadline = time.monotonic() + 10
-    while (session_module._alive(started) or logs.parents[1].exists()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert session_module._alive(started) == []
-    assert not logs.parents[1].exists()
+    eventually(lambda: session_module._alive(started) == [] and not logs.parents[1].exists(), seconds=10)
 
 
 def test_the_guard_ends_who_writes_into_the_folder_and_nobody_else(tmp_path: Path) -> None:
@@ -162,10 +159,7 @@ def test_the_guard_ends_who_writes_into_the_folder_and_nobody_else(tmp_path: Pat
         assert subprocess.run([sys.executable, "-c", driver], check=False).returncode == -signal.SIGKILL
         assert writer.wait(20) == -signal.SIGKILL
         assert reader.poll() is None
-        deadline = time.monotonic() + 10
-        while log.parent.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not log.parent.exists()
+        eventually(lambda: not log.parent.exists(), seconds=10)
     finally:
         for process in (writer, reader):
             process.kill()
